@@ -1,0 +1,1 @@
+"""Procedures, read top to bottom. Nothing but the command line imports them."""

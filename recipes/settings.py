@@ -1,0 +1,75 @@
+"""The settings of every stage: defaults, help texts and ranges, for recipe files and flags alike.
+
+A field that changes a stage's result is part of that stage's key (see `synthkit.artifacts`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from synthkit.config import setting
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """`build-engines`: which diffusion model becomes engines, and how."""
+
+    model: str = setting("glyphs-32", "bundled model, local diffusers folder or hub id")
+    backend: Literal["auto", "tensorrt", "onnxruntime"] = setting("auto", "runtime of the engines")
+    precision: Literal["fp32", "fp16"] = setting("fp32", "precision of UNet and VAE")
+    batch: str = setting("1:32:128", "smallest, usual and largest batch, MIN:OPT:MAX in images")
+    size: int | None = setting(None, "image size in pixels; chosen: the model's own", minimum=8)
+    opset: int | None = setting(None, "ONNX opset; chosen: the exporter's default", minimum=14)
+
+
+@dataclass(frozen=True)
+class StyleSettings:
+    """`learn-style`: dataset style inversion."""
+
+    token: str = setting("<site-style>", "name of the new token")
+    vectors: int = setting(1, "vectors of the token", minimum=1)
+    init_word: str = setting("photo", "word whose embedding the token starts from")
+    steps: int = setting(300, "training steps", minimum=1)
+    lr: float = setting(0.02, "learning rate of the embedding", minimum=0)
+    batch_size: int = setting(32, "noised latents per step", flag="batch-size", minimum=1)
+    checkpoint_every: int = setting(50, "steps between two checkpoints", minimum=1)
+    seed: int = setting(0, "seed of noise, timesteps and order", minimum=0)
+
+
+@dataclass(frozen=True)
+class GenerateSettings:
+    """`generate`: synthetic images of every class."""
+
+    per_class: int = setting(200, "images of each class", minimum=1)
+    steps: int = setting(20, "denoising steps", minimum=1)
+    guidance: float = setting(2.0, "guidance scale; 1 or less: none", minimum=0)
+    batch_size: int = setting(100, "images per batch", minimum=1)
+    seed: int = setting(0, "run seed; image i of class c is drawn from (seed, c, i)", minimum=0)
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """`train`: bridged transfer++ (arXiv 2403.19866)."""
+
+    student: str = setting("resnet10t", "timm model name")
+    pretrained: bool = setting(False, "start from timm's hub weights")
+    weights: str | None = setting(None, "start from a local weights file or timm folder")
+    image_size: int | None = setting(None, "student input in pixels; chosen: from weights or images", minimum=16)
+    epochs: int = setting(20, "epochs over the synthetic images", minimum=1)
+    real_steps: int = setting(150, "gradient steps over the real images", minimum=0)
+    lr: float = setting(0.002, "peak learning rate", minimum=0)
+    batch_size: int = setting(64, "images per gradient step", minimum=1)
+    mixup: float = setting(0.2, "Mixup alpha of the synthetic stage; 0: off", minimum=0)
+    seed: int = setting(0, "seed of initial weights, order and augmentation", minimum=0)
+
+
+@dataclass(frozen=True)
+class AdaptSettings:
+    """`adapt`: the last layers on the real photos."""
+
+    layers: Literal["auto", "1", "2", "4"] = setting("auto", "units to adapt: head, + last block, + last stage")
+    path: str = setting("auto", "adaptation path; auto: chosen by cross-validation")
+    adapt_steps: int = setting(200, "gradient steps at the most", minimum=1)
+    adapt_lr: float = setting(0.003, "peak learning rate", minimum=0)
+    seed: int = setting(0, "seed of folds, order and augmentation", minimum=0)

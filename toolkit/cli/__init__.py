@@ -1,0 +1,124 @@
+"""The command line: one file per command, imported only when that command runs or shows its help."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import click
+
+import synthkit
+from synthkit.errors import ConfigError, SynthkitError, nearest
+
+COMMANDS = {
+    "build-engines": "Turn a diffusion model into engines (once per device).",
+    "learn-style": "Learn a style token from a few real photos.",
+    "generate": "Draw synthetic images of every class in the learned style.",
+    "train": "Train a student on synthetic, then on real images (bridged transfer++).",
+    "adapt": "Few photos in, a classifier bundle out: runs whatever is missing.",
+    "export": "Write a trained student as a verified bundle.",
+    "predict": "Classify images with a bundle.",
+    "evaluate": "Measure a bundle's top-1 on a test folder.",
+    "verify": "Check that a bundle is whole and computes what it should.",
+    "doctor": "Tell what this machine can really run.",
+    "demo": "Run the whole chain on embedded real data.",
+}
+
+
+class LazyGroup(click.Group):
+    """A group that knows its commands by name and imports the file of the one that is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"synthkit.cli.{cmd_name.replace('-', '_')}")
+        command = module.command
+        assert isinstance(command, click.Command)
+        return command
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args and args[0] not in COMMANDS:
+            raise click.UsageError(f"no command {args[0]!r}{nearest(args[0], COMMANDS)}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):  # from the table, so that --help imports no command
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SynthkitError as error:
+            text = str(error)
+        except OSError as error:
+            text = _disk_problem(error)
+        click.echo(f"error: {' '.join(text.split())}", err=True)
+        raise SystemExit(1)
+
+
+_USER_FIXABLE = {
+    errno.ENOSPC: "free some space or name another folder with --workspace",
+    errno.EDQUOT: "free some space or name another folder with --workspace",
+    errno.EROFS: "name a folder that can be written with --workspace",
+    errno.EACCES: "change its permissions or name another folder",
+    errno.EPERM: "change its permissions or name another folder",
+}
+
+
+def _disk_problem(error: OSError) -> str:
+    """One line for what a user can mend; any other OSError is a bug and keeps its traceback."""
+    if error.errno not in _USER_FIXABLE:
+        raise error
+    where = f" {error.filename}" if error.filename else ""
+    return (
+        f"cannot write or read{where}: {error.strerror}; {_USER_FIXABLE[error.errno]}; "
+        "what was already written is kept, and the same command goes on from it"
+    )
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(synthkit.__version__, prog_name="synthkit")
+@click.option("-v", "--verbose", is_flag=True, help="Tell more on stderr.")
+@click.option("-q", "--quiet", is_flag=True, help="Tell errors only.")
+@click.option(
+    "--workspace",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("synthkit-work"),
+    show_default=True,
+    help="Folder where the stages write when they are not told another.",
+)
+@click.pass_context
+def main(ctx: click.Context, verbose: bool, quiet: bool, workspace: Path) -> None:
+    """A handful of photos becomes an image classifier that runs on an edge device.
+
+    \b
+    synthkit build-engines                    once per device
+    synthkit adapt --real-dir ./few_shots     once per site
+    """
+    if verbose and quiet:
+        raise ConfigError("--verbose and --quiet exclude each other; give one of them")
+    _set_up_messages(verbose, quiet)
+    ctx.obj = workspace
+
+
+def _set_up_messages(verbose: bool, quiet: bool) -> None:
+    level = logging.DEBUG if verbose else logging.ERROR if quiet else logging.INFO
+    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING, force=True)
+    logging.getLogger("synthkit").setLevel(level)
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if not verbose:  # other libraries' chatter is for --verbose
+        logging.getLogger().setLevel(logging.ERROR)
+        warnings.simplefilter("ignore")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    if quiet:
+        os.environ["TQDM_DISABLE"] = "1"

@@ -1,0 +1,127 @@
+"""What the commands share: `--json`, `--force`, `--dry-run`, and flags made from settings dataclasses."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import sys
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from synthkit.config import override, read_recipe
+
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a command answers.
+
+    Attributes:
+        data: the object that `--json` prints.
+        text: what a person reads otherwise.
+        ok: False when a verdict failed, which ends the command with 1.
+    """
+
+    data: Mapping[str, Any]
+    text: str
+    ok: bool = True
+
+
+def command(name: str) -> Callable[[Function], click.Command]:
+    """Decorator of a function that takes the workspace and its options and returns an `Output`.
+
+    Whatever a library prints goes to stderr, so that stdout holds the answer alone.
+    """
+
+    def decorate(function: Function) -> click.Command:
+        @click.command(name, help=function.__doc__)
+        @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+        @click.pass_obj
+        @functools.wraps(function)
+        def run(workspace: Path, as_json: bool, **options: Any) -> None:
+            with contextlib.redirect_stdout(sys.stderr):
+                output = function(workspace, **options)
+            click.echo(json.dumps(output.data, ensure_ascii=False, default=str) if as_json else output.text)
+            if not output.ok:
+                raise SystemExit(1)
+
+        return run
+
+    return decorate
+
+
+def stage_options(function: Function) -> Function:
+    """Add the options that every stage has."""
+    for option in (
+        click.option("--dry-run", is_flag=True, help="Tell what would be done, and do nothing."),
+        click.option("--force", is_flag=True, help="Redo the stage even when nothing changed."),
+        click.option("--config", type=click.Path(path_type=Path), help="TOML recipe with the settings."),
+    ):
+        function = option(function)
+    return function
+
+
+def settings_options(kind: type, prefix: str = "", skip: tuple[str, ...] = ()) -> Callable[[Function], Function]:
+    """Add one flag per field of a settings dataclass; None stands for "not given".
+
+    Args:
+        kind: the dataclass.
+        prefix: put before a flag's name, for commands that take several stages' settings.
+        skip: fields that get no flag here.
+    """
+
+    def decorate(function: Function) -> Function:
+        types = typing.get_type_hints(kind)
+        for field in reversed(dataclasses.fields(kind)):
+            if field.name not in skip:
+                function = _option(field, types[field.name], prefix)(function)
+        return function
+
+    return decorate
+
+
+def _option(field: dataclasses.Field[Any], kind: Any, prefix: str) -> Callable[[Function], Function]:
+    flag = "--" + prefix + (field.metadata["flag"] or field.name).replace("_", "-")
+    name = (prefix + field.name).replace("-", "_")
+    help_text = f"{field.metadata['help']}  [default: {_shown(field.default)}]"
+    if kind is bool:
+        return click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=help_text)
+    return click.option(flag, name, type=_click_type(kind), default=None, help=help_text)
+
+
+def _shown(default: Any) -> str:
+    return "chosen" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
+
+
+def _click_type(kind: Any) -> Any:
+    if typing.get_origin(kind) is typing.Literal:
+        return click.Choice([str(choice) for choice in typing.get_args(kind)])
+    members = [one for one in typing.get_args(kind) if one is not type(None)]
+    return members[0] if members else kind
+
+
+def gather_settings(
+    sections: Mapping[str, type], config: Path | None, options: Mapping[str, Any], prefixes: Mapping[str, str]
+) -> dict[str, Any]:
+    """Settings of several stages: defaults, then the recipe file, then the flags.
+
+    Args:
+        sections: section name -> settings dataclass.
+        config: recipe file, or None.
+        options: what click parsed.
+        prefixes: section name -> prefix of its flags, where it has one.
+    """
+    settings = read_recipe(config, sections) if config else {name: kind() for name, kind in sections.items()}
+    for name, kind in sections.items():
+        prefix = prefixes.get(name, "").replace("-", "_")
+        given = {field.name: options.get(prefix + field.name) for field in dataclasses.fields(kind)}
+        settings[name] = override(settings[name], given)
+    return settings

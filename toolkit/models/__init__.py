@@ -1,0 +1,1 @@
+"""The bundled generator glyphs-32: where its files are and which classes it draws."""
