@@ -32,7 +32,10 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 _KEY_FILE = ".key.json"  # lies in a partial folder and says which inputs it was begun with
-_REPORTED = ("torch", "torchvision", "timm", "diffusers", "transformers", "optimum-onnx", "onnx", "onnxruntime")
+_REPORTED = (
+    "numpy pillow torch torchvision timm diffusers transformers optimum-onnx onnx "
+    "onnxruntime onnxruntime-gpu tensorrt"
+).split()
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Request:
     @property
     def partial(self) -> Path:
         """Where the stage works until it is done."""
-        return self.out.with_name(f".{self.out.name}.partial")
+        return _beside(self.out, "partial")
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,11 @@ class StageResult:
     skipped: bool = field(default=False)
 
 
+def _beside(out: Path, suffix: str) -> Path:
+    real = out.resolve()  # a link to a larger disk stays a link, and "." has a name
+    return real.with_name(f".{real.name}.{suffix}")
+
+
 def digest(data: Any) -> str:
     """SHA-256 of JSON data, independent of key order."""
     return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()
@@ -104,16 +112,10 @@ def digest(data: Any) -> str:
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's content."""
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(
-            stream
-        )
-
-
-def _sha256(stream: Any) -> str:
-    state = hashlib.sha256()  # Python 3.10 has no file_digest
-    while block := stream.read(1 << 20):
-        state.update(block)
-    return state.hexdigest()
+        state = hashlib.sha256()  # Python 3.10 has no file_digest
+        while block := stream.read(1 << 20):
+            state.update(block)
+        return state.hexdigest()
 
 
 def fingerprint(path: Path) -> str:
@@ -121,7 +123,7 @@ def fingerprint(path: Path) -> str:
 
     A stage folder that still matches its manifest is not read again.
     """
-    if path.is_file():
+    if not path.is_dir():
         return file_sha256(path)
     manifest = read_manifest(path)
     if manifest and is_intact(path, manifest):
@@ -130,7 +132,7 @@ def fingerprint(path: Path) -> str:
 
 
 def list_outputs(folder: Path) -> dict[str, dict[str, Any]]:
-    """Relative path -> {"sha256", "bytes"} of every file below the folder but its manifest and hidden files."""
+    """Relative path -> {"sha256", "bytes"} of every file but the manifest and hidden ones."""
     return {
         str(path.relative_to(folder)): {"sha256": file_sha256(path), "bytes": path.stat().st_size}
         for path in _files(folder)
@@ -138,13 +140,16 @@ def list_outputs(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file()
-        and path != folder / MANIFEST
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+    found = []
+    for root, folders, names in os.walk(folder, followlinks=True):  # a class folder may be a link
+        here = Path(root).resolve()
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".") and not here.is_relative_to(Path(root, name).resolve())
+        ]
+        found += [Path(root, name) for name in names if not name.startswith(".")]
+    return sorted(path for path in found if path != folder / MANIFEST and path.is_file())
 
 
 def is_intact(folder: Path, manifest: Manifest) -> bool:
@@ -195,11 +200,15 @@ def run_stage(
         produce: writes every file into the folder it is given, which holds what an interrupted run with the
             same key had written, and returns the stage's metrics.
         force: redo the stage even when nothing changed.
+
+    Raises:
+        WorkspaceError: the output folder holds files that are no stage's.
     """
     manifest = read_manifest(request.out)
     if manifest and not force and stage_state(request) == "unchanged":
         log.info("%s: skipped, nothing changed since %s was written", request.stage, request.out)
         return StageResult(request.out, manifest, skipped=True)
+    _refuse_foreign(request.out)
     _prepare(request, force)
     started = time.perf_counter()
     metrics = dict(produce(request.partial))
@@ -214,24 +223,36 @@ def run_stage(
         round(time.perf_counter() - started, 3),
     )
     write_json(request.partial / MANIFEST, asdict(manifest))
-    (request.partial / _KEY_FILE).unlink()
-    _replace(request.partial, request.out)
+    _replace(request.partial, request.out.resolve())
     return StageResult(request.out, manifest)
 
 
+def _refuse_foreign(out: Path) -> None:
+    """Replacing a folder deletes what it held, so it must be one that a stage has written."""
+    if out.is_dir() and ((out / MANIFEST).is_file() or not any(out.iterdir())):
+        return
+    if out.exists():
+        raise WorkspaceError(
+            f"{out} exists and is not a folder that synthkit wrote (it has no {MANIFEST}); "
+            "name another, or remove it first"
+        )
+
+
 def _prepare(request: Request, force: bool) -> None:
-    if force or _partial_key(request) != request.key:
-        shutil.rmtree(request.partial, ignore_errors=True)
+    begun = request.partial.exists()
+    if begun and (force or _partial_key(request) != request.key):
+        shutil.rmtree(request.partial)
     request.partial.mkdir(parents=True, exist_ok=True)
     write_json(request.partial / _KEY_FILE, {"key": request.key})
 
 
 def _replace(new: Path, out: Path) -> None:
-    old = out.with_name(f".{out.name}.old")
+    old = _beside(out, "old")
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
         out.rename(old)
     new.rename(out)
+    (out / _KEY_FILE).unlink()  # until here a killed run still finds its partial folder by the key
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -243,8 +264,12 @@ def write_json(path: Path, data: Any) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file atomically: a reader sees the old file or the whole new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def versions() -> dict[str, str]:
@@ -277,6 +302,7 @@ def workspace_lock(workspace: Path) -> Iterator[None]:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise WorkspaceError(
-                f"another run is using the workspace {workspace}; wait for it or name another with --workspace"
+                f"another run is using the workspace {workspace}; wait for it "
+                "or name another with --workspace"
             ) from None
         yield

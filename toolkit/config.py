@@ -7,6 +7,7 @@ section names the fields, and `synthkit.cli.options` makes the flags. This modul
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import typing
 from collections.abc import Mapping
@@ -39,12 +40,14 @@ def read_toml(path: Path) -> dict[str, Any]:
     """Content of a TOML file.
 
     Raises:
-        ConfigError: the file is missing, is not UTF-8 text or is not TOML.
+        ConfigError: the file is missing, cannot be read, is not UTF-8 text or is not TOML.
     """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"no file {path}; give the path of a TOML file") from None
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}; give the path of a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
 
@@ -83,7 +86,9 @@ def override(settings: Settings, values: Mapping[str, Any]) -> Settings:
     return typing.cast(Settings, dataclasses.replace(typing.cast(Any, settings), **given))
 
 
-def _problems(values: Mapping[str, Any], kind: type) -> list[str]:
+def _problems(values: Any, kind: type) -> list[str]:
+    if not isinstance(values, Mapping):
+        return [f"= {values!r}: must be a table of settings"]
     fields = {field.name: field for field in dataclasses.fields(kind)}
     types = typing.get_type_hints(kind)
     problems = []
@@ -103,7 +108,10 @@ def _problem(value: Any, kind: Any, minimum: float | None) -> str:
         return "" if value in allowed else f"must be one of {', '.join(map(str, allowed))}"
     accepted = tuple(allowed) if allowed and typing.get_origin(kind) is not tuple else (kind,)
     if not any(_is_a(value, one) for one in accepted):
-        return f"must be {' or '.join(getattr(one, '__name__', str(one)) for one in accepted)}"
+        names = [getattr(one, "__name__", str(one)) for one in accepted if one is not type(None)]
+        return f"must be {' or '.join(names)}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "must be a finite number"
     if minimum is not None and isinstance(value, (int, float)) and value < minimum:
         return f"must be at least {minimum}"
     return ""

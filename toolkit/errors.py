@@ -80,7 +80,8 @@ class MissingExtra(SynthkitError):
 
     def __init__(self, module: str, extra: str) -> None:
         super().__init__(
-            f"the Python package {module!r} is not installed; install it with: pip install 'synthkit[{extra}]'"
+            f"the Python package {module!r} is not installed; "
+            f"install it with: pip install 'synthkit[{extra}]'"
         )
 
 

@@ -31,8 +31,7 @@ class TensorSpec:
             EngineError: the element type, the rank or a fixed size differs.
         """
         fits = len(array.shape) == len(self.shape) and all(
-            isinstance(want, str) or want == have
-            for want, have in zip(self.shape, array.shape, strict=True)
+            isinstance(want, str) or want == have for want, have in zip(self.shape, array.shape, strict=True)
         )
         if not fits or array.dtype.name != self.dtype:
             raise EngineError(

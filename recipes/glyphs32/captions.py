@@ -30,13 +30,14 @@ FAMILIES: tuple[str, ...] = (
 
 #: Words for ink and paper colours, said as "ink on paper".
 COLOUR_WORDS: tuple[str, ...] = (
-    "white", "black", "grey", "red", "green", "blue", "yellow", "orange", "cyan", "brown", "purple", "dark", "light",
+    "white", "black", "grey", "red", "green", "blue", "yellow", "orange", "cyan", "brown", "purple",
+    "dark", "light",
 )  # fmt: skip
 
 #: Other things a caption may say.
 QUALITIES: tuple[str, ...] = (
     "bold", "thin", "italic", "outlined", "blurred", "noisy", "low contrast", "framed", "small", "large",
-    "uneven light", "reflection", "shadow",
+    "uneven light", "reflection", "shadow", "scanned",
 )  # fmt: skip
 
 # (weight, template without attributes, template with attributes)
@@ -67,7 +68,7 @@ def caption(words: str, attributes: Sequence[str], rng: np.random.Generator) -> 
     if not attributes or rng.random() > _CHANCE_OF_ATTRIBUTES:
         return template[1].format(words=words)
     count = int(rng.integers(1, min(len(attributes), _MOST_ATTRIBUTES) + 1))
-    # The family leads the list and is what the style token must later stand for, so it is kept most of the time.
+    # The family leads the list and is what a style token must later stand for, so it is mostly kept.
     weights = np.array([4.0] + [1.0] * (len(attributes) - 1))
     chosen = sorted(rng.choice(len(attributes), size=count, replace=False, p=weights / weights.sum()))
     text = template[2].format(words=words, attributes=", ".join(attributes[i] for i in chosen))

@@ -1,9 +1,9 @@
 """Which segments or dots of a display make each symbol. Tables only: no drawing.
 
-Segment names: ``a`` top, ``b`` upper right, ``c`` lower right, ``d`` bottom, ``e`` lower left, ``f`` upper left, ``g``
-middle, split into ``1`` (left) and ``2`` (right) on fourteen-segment faces, whose inner strokes are ``h`` (upper left
-diagonal), ``i`` (upper vertical), ``j`` (upper right diagonal), ``k`` (lower left diagonal), ``l`` (lower vertical) and
-``m`` (lower right diagonal).
+Segment names: ``a`` top, ``b`` upper right, ``c`` lower right, ``d`` bottom, ``e`` lower left, ``f`` upper
+left, ``g`` middle, split into ``1`` (left) and ``2`` (right) on fourteen-segment faces. Their inner strokes
+are ``h`` upper left diagonal, ``i`` upper vertical, ``j`` upper right diagonal, ``k`` lower left diagonal,
+``l`` lower vertical and ``m`` lower right diagonal.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 import synthkit
-from synthkit.errors import ConfigError, SynthkitError, nearest
+from synthkit.errors import ConfigError, MissingExtra, SynthkitError, nearest
 
 COMMANDS = {
     "build-engines": "Turn a diffusion model into engines (once per device).",
@@ -30,14 +30,28 @@ COMMANDS = {
     "demo": "Run the whole chain on embedded real data.",
 }
 
+#: Importable module -> the extra of synthkit that brings it.
+EXTRAS = {
+    "onnxruntime": "cpu",
+    **dict.fromkeys(("tensorrt", "polygraphy"), "tensorrt"),
+    "ray": "ray",
+    **dict.fromkeys(
+        "torch torchvision timm diffusers transformers tokenizers huggingface_hub optimum onnx onnxscript "
+        "safetensors accelerate sklearn scipy jinja2 matplotlib".split(),
+        "train",
+    ),
+}
+
 
 class LazyGroup(click.Group):
     """A group that knows its commands by name and imports the file of the one that is asked for."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
+        """The names, in the order of a user's work."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command, imported now."""
         if cmd_name not in COMMANDS:
             return None
         module = importlib.import_module(f"synthkit.cli.{cmd_name.replace('-', '_')}")
@@ -46,23 +60,36 @@ class LazyGroup(click.Group):
         return command
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        """The command of the arguments; an unknown one is refused with the nearest names."""
         if args and args[0] not in COMMANDS:
             raise click.UsageError(f"no command {args[0]!r}{nearest(args[0], COMMANDS)}", ctx)
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):  # from the table, so that --help imports no command
+        """The table of the commands, so that --help imports none of them."""
+        with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
     def invoke(self, ctx: click.Context) -> Any:
+        """Run, and turn what a user can mend into one line and exit code 1."""
         try:
             return super().invoke(ctx)
         except SynthkitError as error:
             text = str(error)
+        except ModuleNotFoundError as error:
+            text = _missing_extra(error)
         except OSError as error:
             text = _disk_problem(error)
         click.echo(f"error: {' '.join(text.split())}", err=True)
         raise SystemExit(1)
+
+
+def _missing_extra(error: ModuleNotFoundError) -> str:
+    """One line for a package that an extra brings; any other absent module is a bug."""
+    module = (error.name or "").partition(".")[0]
+    if module not in EXTRAS:
+        raise error
+    return str(MissingExtra(module, EXTRAS[module]))
 
 
 _USER_FIXABLE = {
@@ -71,6 +98,9 @@ _USER_FIXABLE = {
     errno.EROFS: "name a folder that can be written with --workspace",
     errno.EACCES: "change its permissions or name another folder",
     errno.EPERM: "change its permissions or name another folder",
+    errno.ENOTDIR: "a file stands where a folder is needed: name another folder",
+    errno.ENAMETOOLONG: "name a folder with a shorter path",
+    errno.EIO: "the disk or its connection has a fault: check it, or name another folder",
 }
 
 
@@ -85,7 +115,9 @@ def _disk_problem(error: OSError) -> str:
     )
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
 @click.version_option(synthkit.__version__, prog_name="synthkit")
 @click.option("-v", "--verbose", is_flag=True, help="Tell more on stderr.")
 @click.option("-q", "--quiet", is_flag=True, help="Tell errors only.")

@@ -6,9 +6,10 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 import sys
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,20 +43,32 @@ def command(name: str) -> Callable[[Function], click.Command]:
     """
 
     def decorate(function: Function) -> click.Command:
-        @click.command(name, help=function.__doc__)
-        @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-        @click.pass_obj
-        @functools.wraps(function)
-        def run(workspace: Path, as_json: bool, **options: Any) -> None:
-            with contextlib.redirect_stdout(sys.stderr):
+        def run(workspace: Path, /, as_json: bool, **options: Any) -> None:
+            with _stdout_for_the_answer_alone():
                 output = function(workspace, **options)
             click.echo(json.dumps(output.data, ensure_ascii=False, default=str) if as_json else output.text)
             if not output.ok:
                 raise SystemExit(1)
 
-        return run
+        functools.update_wrapper(run, function)  # takes over the options that other decorators added
+        as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+        return click.command(name, help=function.__doc__)(as_json(click.pass_obj(run)))
 
     return decorate
+
+
+@contextlib.contextmanager
+def _stdout_for_the_answer_alone() -> Iterator[None]:
+    """Send to stderr what Python, native libraries and child processes write to stdout meanwhile."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def stage_options(function: Function) -> Function:
@@ -69,7 +82,9 @@ def stage_options(function: Function) -> Function:
     return function
 
 
-def settings_options(kind: type, prefix: str = "", skip: tuple[str, ...] = ()) -> Callable[[Function], Function]:
+def settings_options(
+    kind: type, prefix: str = "", skip: tuple[str, ...] = ()
+) -> Callable[[Function], Function]:
     """Add one flag per field of a settings dataclass; None stands for "not given".
 
     Args:
@@ -98,7 +113,9 @@ def _option(field: dataclasses.Field[Any], kind: Any, prefix: str) -> Callable[[
 
 
 def _shown(default: Any) -> str:
-    return "chosen" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
+    return (
+        "chosen" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
+    )
 
 
 def _click_type(kind: Any) -> Any:

@@ -1,1 +1,176 @@
-"""The bundled generator glyphs-32: where its files are and which classes it draws."""
+"""Where generators come from: bundled ones, local diffusers folders and the Hugging Face hub.
+
+Knows folders and files, not what is in the weights. A folder may hold `classes.toml` (class folder name =
+"words"): then the generator draws these classes and no others.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from synthkit.artifacts import digest, file_sha256
+from synthkit.config import read_toml
+from synthkit.errors import ConfigError, MissingExtra, ModelError, nearest
+
+CLASSES = "classes.toml"
+INDEX = "model_index.json"
+_HERE = Path(__file__).parent
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_WEIGHTS = ("text_encoder", "unet", "vae")
+_PATTERNS = ("*.json", "*.txt", "*.safetensors", CLASSES)
+_FOLDERS = (*_WEIGHTS, "tokenizer", "scheduler")
+_WAYS_OUT = "give another generator with --model HUB_ID_OR_DIR, or leave synthetic images out with --no-synth"
+
+
+def bundled_models() -> dict[str, Path]:
+    """Name -> folder of the generators that come with synthkit."""
+    return {folder.name: folder for folder in sorted(_HERE.iterdir()) if (folder / INDEX).is_file()}
+
+
+def resolve_model(name_or_dir: str, *, download: bool = True) -> Path:
+    """Folder of a generator that holds every file the export reads.
+
+    Args:
+        name_or_dir: a bundled name, a diffusers folder, or a hub id "org/name".
+        download: whether a hub model may be fetched; otherwise it must have been fetched before.
+
+    Raises:
+        ModelError: the name is unknown, the folder is incomplete, or the hub does not answer.
+        MissingExtra: a hub id was given and huggingface_hub is not installed.
+    """
+    bundled = bundled_models()
+    if name_or_dir in bundled:
+        return bundled[name_or_dir]
+    folder = Path(name_or_dir).expanduser()
+    if folder.is_dir():
+        return _complete(folder)
+    if _HUB_ID.fullmatch(name_or_dir) and not name_or_dir.startswith("."):
+        return _complete(_from_hub(name_or_dir, download))
+    raise ModelError(
+        f"no generator {name_or_dir!r}{nearest(name_or_dir, bundled)}; give a bundled name "
+        f"({', '.join(bundled) or 'none here'}), a diffusers folder or a hub id with --model"
+    )
+
+
+def _complete(folder: Path) -> Path:
+    """The folder, when it holds a whole Stable Diffusion pipeline in safetensors."""
+    if not (folder / INDEX).is_file():
+        raise ModelError(
+            f"{folder} is not a diffusers folder: it holds no {INDEX}; give one with --model DIR"
+        )
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    except ValueError:
+        raise ModelError(f"{folder / INDEX} is not valid JSON; fetch the model again") from None
+    if "text_encoder_2" in index or "unet" not in index:
+        raise ModelError(
+            f"{folder} holds a {index.get('_class_name', 'pipeline of unknown kind')}; supported are Stable "
+            "Diffusion 1.x and 2.x pipelines (CLIPTextModel, UNet2DConditionModel, AutoencoderKL)"
+        )
+    missing = [f"{name}/" for name in _FOLDERS if not (folder / name).is_dir()]
+    missing += [
+        f"{name}/*.safetensors"
+        for name in _WEIGHTS
+        if f"{name}/" not in missing and not list((folder / name).glob("*.safetensors"))
+    ]
+    if missing:
+        raise ModelError(
+            f"{folder} lacks {', '.join(missing)}; give a whole diffusers folder with safetensors weights "
+            "(pickled .bin or .ckpt weights are not read: save_pretrained(DIR, safe_serialization=True))"
+        )
+    return folder
+
+
+def _from_hub(hub_id: str, download: bool) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise MissingExtra("huggingface_hub", "train") from None
+    patterns = [INDEX, CLASSES, *(f"{folder}/{one}" for folder in _FOLDERS for one in _PATTERNS)]
+    skipped = ["*.fp16.*", "*.non_ema.*"]
+    try:
+        found = snapshot_download(
+            hub_id, allow_patterns=patterns, ignore_patterns=skipped, local_files_only=not download
+        )
+    except (OSError, ValueError) as error:  # the hub's own errors derive from these two
+        reason = " ".join(str(error).split())[:160]
+        raise ModelError(
+            f"cannot fetch {hub_id!r} from the hub ({type(error).__name__}: {reason}); on a machine without "
+            "network, copy the model's diffusers folder here and give it with --model DIR"
+        ) from None
+    return Path(found)
+
+
+def model_fingerprint(model_dir: Path) -> str:
+    """Digest of the files that the export reads; no path, no time, no file that it leaves alone."""
+    files = [model_dir / INDEX, *(path for name in _FOLDERS for path in sorted((model_dir / name).iterdir()))]
+    if (model_dir / CLASSES).is_file():
+        files.append(model_dir / CLASSES)
+    read = [path for path in files if path.is_file() and any(path.match(one) for one in _PATTERNS)]
+    return digest({path.relative_to(model_dir).as_posix(): file_sha256(path) for path in read})
+
+
+def known_words(model_dir: Path) -> dict[str, str] | None:
+    """Class -> words of the classes that the generator draws; None when it is not limited to some.
+
+    Raises:
+        ConfigError: the folder's classes.toml is broken.
+    """
+    path = model_dir / CLASSES
+    if not path.is_file():
+        return None
+    return {name: _words(name, value, path) for name, value in read_toml(path).items()}
+
+
+def _words(name: str, value: Any, path: Path) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ConfigError(f'{path}: {name} = {value!r} must be words in quotes, for example "digit seven"')
+    return value
+
+
+def prompt_words(model_dir: Path, classes: Sequence[str], own_words: Mapping[str, str]) -> dict[str, str]:
+    """The words that stand for each class in prompts.
+
+    The user's own words come first, then the generator's, then the class name with _ and - as spaces.
+
+    Args:
+        model_dir: the generator's folder, or the engines made of it.
+        classes: class names.
+        own_words: class -> words of the user's classes.toml; may be partial.
+
+    Raises:
+        ModelError: names every class that the generator is known not to draw, with the ways out.
+    """
+    known = known_words(model_dir)
+    words = {name: _chosen(name, own_words, known or {}) for name in classes}
+    if known is None:
+        return words
+    drawable = {value.casefold() for value in known.values()}
+    foreign = [name for name in classes if words[name].casefold() not in drawable]
+    if foreign:
+        raise ModelError(
+            f"the generator does not draw {', '.join(map(repr, foreign))}; it knows only "
+            f"{_abridged(list(known))} (classes.toml beside the photos may map a folder to the words of "
+            f"one of these); {_WAYS_OUT}"
+        )
+    return words
+
+
+def _chosen(name: str, own_words: Mapping[str, str], known: Mapping[str, str]) -> str:
+    own = own_words.get(name, name)
+    if _spelled(own) != _spelled(name):  # words that only repeat the class name say nothing of the user's own
+        return own
+    return known.get(name) or _spelled(name)
+
+
+def _spelled(name: str) -> str:
+    return name.replace("_", " ").replace("-", " ").strip()
+
+
+def _abridged(names: Sequence[str], limit: int = 12) -> str:
+    shown = ", ".join(names[:limit])
+    return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown

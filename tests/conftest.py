@@ -1,0 +1,47 @@
+"""What tests share: one tiny pipeline, exported once per session."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_models import tiny_pipeline, write_token
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder with random weights, v-prediction and a DDIM scheduler, as glyphs-32 has."""
+    return tiny_pipeline(tmp_path_factory.mktemp("models") / "tiny-v", "v_prediction")
+
+
+@pytest.fixture(scope="session")
+def tiny_epsilon_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same networks with noise prediction and a PNDM scheduler, as Stable Diffusion 1.5 has."""
+    return tiny_pipeline(tmp_path_factory.mktemp("models") / "tiny-epsilon", "epsilon")
+
+
+@pytest.fixture(scope="session")
+def tiny_engines(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The engines of `tiny_model`; tests that change files copy the folder first."""
+    from synthkit.engines.export import export_pipeline
+
+    out = tmp_path_factory.mktemp("engines") / "tiny-v"
+    export_pipeline(tiny_model, out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny_epsilon_engines(tiny_engines: Path, tiny_epsilon_model: Path) -> Path:
+    """The engines of `tiny_epsilon_model`, whose networks are the same."""
+    out = tiny_engines.with_name("tiny-epsilon")
+    shutil.copytree(tiny_engines, out, ignore=shutil.ignore_patterns("scheduler"))
+    shutil.copytree(tiny_epsilon_model / "scheduler", out / "scheduler")
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny_style(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A style token `<tiny>` with two random vectors."""
+    return write_token(tmp_path_factory.mktemp("style") / "learned_embeds.safetensors")

@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from synthkit.engines import build
+from synthkit.engines.build import choose_backend, probe_tensorrt
+from synthkit.engines.export import component_parity, export_pipeline
+from synthkit.errors import ConfigError, EngineError, ModelError, ParityError
+from synthkit.recipes.build_engines import base_model, build_engines, build_engines_request, engine_list
+from synthkit.recipes.settings import EngineSettings
+from tests.tiny_models import IMAGE
+
+onnx = pytest.importorskip("onnx")
+
+
+def test_every_engine_computes_what_its_source_does(tiny_model: Path, tiny_engines: Path) -> None:
+    parities = component_parity(tiny_model, tiny_engines)
+    assert [one.component for one in parities] == ["text_encoder", "unet", "vae_decoder", "vae_encoder"]
+    assert all(0 < one.max_abs_error < one.tolerance for one in parities)
+    assert all(1e-4 < one.tolerance < 1e-3 for one in parities), "outputs near zero would prove nothing"
+
+
+@pytest.mark.parametrize(
+    ("component", "shift", "problem"),
+    [("unet", 0.01, "engine unet differs"), ("vae_decoder", np.nan, "engine vae_decoder answers with NaN")],
+)
+def test_a_planted_error_is_found(
+    tiny_model: Path, tiny_engines: Path, tmp_path: Path, component: str, shift: float, problem: str
+) -> None:
+    shutil.copytree(tiny_engines, tmp_path / "engines")
+    path = tmp_path / "engines" / component / "model.onnx"
+    model = onnx.load(path)
+    bias = next(one for one in model.graph.initializer if one.name.endswith("conv_in.bias"))
+    values = onnx.numpy_helper.to_array(bias) + np.float32(shift)
+    bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
+    onnx.save(model, path)
+    with pytest.raises(ParityError, match=problem):
+        component_parity(tiny_model, tmp_path / "engines")
+
+
+def test_optimum_opens_the_folder_and_draws_the_same(tiny_engines: Path) -> None:
+    import torch
+    from optimum.onnxruntime import ORTStableDiffusionPipeline
+
+    from synthkit.engines.pipeline import EnginePipeline
+
+    ours = EnginePipeline.open(tiny_engines, "cpu")
+    theirs = ORTStableDiffusionPipeline.from_pretrained(str(tiny_engines))
+    theirs.set_progress_bar_config(disable=True)
+    noise = ours.initial_latents([5, 6])
+    wanted = theirs(
+        ["a b", "c"],
+        latents=torch.from_numpy(noise),
+        num_inference_steps=3,
+        guidance_scale=2.0,
+        output_type="np",
+    ).images
+    got = ours.decode(ours.sample(ours.embed(["a b", "c"]), noise, 3, 2.0, [5, 6])).transpose(0, 2, 3, 1)
+    assert np.abs(np.clip(got / 2 + 0.5, 0, 1) - wanted).max() < 1e-5
+
+
+def test_half_precision_lies_in_the_graph(tiny_model: Path, tmp_path: Path) -> None:
+    from synthkit.engines.pipeline import EnginePipeline
+
+    export_pipeline(tiny_model, tmp_path, "fp16", size=2 * IMAGE)
+    component_parity(tiny_model, tmp_path, "fp16")
+    kinds = {one.data_type for one in onnx.load(tmp_path / "unet" / "model.onnx").graph.initializer}
+    assert kinds == {onnx.TensorProto.FLOAT16}
+    pipeline = EnginePipeline.open(tmp_path, "cpu")
+    images = pipeline.draw(pipeline.embed(["a"]), [1], steps=2, guidance=2.0)
+    assert images.shape == (1, 2 * IMAGE, 2 * IMAGE, 3) and images.std() > 10
+
+
+def test_the_folder_names_no_path_of_this_machine(tiny_model: Path, tiny_engines: Path) -> None:
+    for path in tiny_engines.rglob("*.json"):
+        assert str(tiny_model.parent) not in path.read_text(), path
+
+
+def test_weights_that_do_not_load_are_a_model_error(tiny_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "model")
+    next((tmp_path / "model" / "unet").glob("*.safetensors")).write_bytes(b"broken")
+    with pytest.raises(ModelError, match="cannot load the pipeline") as caught:
+        export_pipeline(tmp_path / "model", tmp_path / "out")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_stage_is_skipped_when_nothing_changed(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    model = tmp_path / "model" / "m"
+    shutil.copytree(tiny_model, model)
+    (model / "classes.toml").write_text('a = "letter a"\n')
+    settings, out = EngineSettings(model=str(model)), tmp_path / "engines"
+    first = build_engines(settings, out)
+    assert not first.skipped and not any(one["cached"] for one in engine_list(first))
+    assert first.manifest.config["model"] == "m" and base_model(out) == str(model)
+    assert (out / "classes.toml").is_file()
+    again = build_engines(settings, out)
+    assert again.skipped and all(one["cached"] for one in engine_list(again))
+    assert {"component", "path", "backend", "precision", "max_abs_error", "seconds"} <= engine_list(again)[
+        0
+    ].keys()
+
+    config = json.loads((model / "unet" / "config.json").read_text())
+    (model / "unet" / "config.json").write_text(json.dumps({**config, "_note": 1}))
+    assert build_engines_request(settings, out).key != first.manifest.key
+
+
+def test_settings_that_cannot_be_used(tiny_model: Path, tmp_path: Path) -> None:
+    for changes in ({"batch": "8:1:2"}, {"size": IMAGE + 1}):
+        with pytest.raises(ConfigError):
+            build_engines(EngineSettings(model=str(tiny_model), **changes), tmp_path / "engines")
+    assert not (tmp_path / "engines").exists()
+
+
+def test_tensorrt_is_refused_honestly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "probe_tensorrt", lambda: None)
+    with pytest.raises(EngineError, match="builds no plans yet; use --backend onnxruntime"):
+        choose_backend("tensorrt")
+    assert choose_backend("auto")[0] == "onnxruntime"
+    monkeypatch.setattr(build, "probe_tensorrt", lambda: "no GPU")
+    with pytest.raises(EngineError, match="cannot build TensorRT engines: no GPU"):
+        choose_backend("tensorrt")
+    assert choose_backend("auto") == ("onnxruntime", "no GPU")
+
+
+def test_the_probe_needs_a_runtime_not_an_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Logger:
+        ERROR = 1
+
+        def __init__(self, level: int) -> None: ...
+
+    def fails(logger: Logger) -> None:
+        raise RuntimeError("CUDA initialization failure with error: 35")
+
+    fake = SimpleNamespace(__version__="10.3.0", Logger=Logger, Runtime=fails)
+    monkeypatch.setitem(sys.modules, "tensorrt", fake)
+    assert probe_tensorrt() == "TensorRT 10.3.0 cannot start: CUDA initialization failure with error: 35"
+    fake.Runtime = lambda logger: None
+    assert probe_tensorrt() == "TensorRT 10.3.0 finds no usable GPU"
+    fake.Runtime = lambda logger: object()
+    assert probe_tensorrt() is None
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    assert probe_tensorrt() == "the tensorrt package is not installed"

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from synthkit import style as style_files
+from synthkit.engines.pipeline import EnginePipeline
+from synthkit.errors import EngineError, ModelError
+from synthkit.style import StyleToken
+from tests.tiny_models import IMAGE, WIDTH, write_token
+
+onnx = pytest.importorskip("onnx")
+PROMPTS = ["A digit seven photo in the style of <tiny>", "a Photo, of b", "ünï"]
+SEEDS = [7, 8, 2**48 - 1]
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_engines: Path) -> EnginePipeline:
+    return EnginePipeline.open(tiny_engines, "cpu")
+
+
+def diffusers_pipeline(folder: Path, style: Path) -> Any:
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()
+    reference = StableDiffusionPipeline.from_pretrained(str(folder), safety_checker=None)
+    reference.set_progress_bar_config(disable=True)
+    reference.load_textual_inversion(str(style))
+    return reference
+
+
+@pytest.mark.parametrize("kind", ["tiny", "tiny_epsilon"])
+def test_the_loop_is_that_of_diffusers(kind: str, tiny_style: Path, request: pytest.FixtureRequest) -> None:
+    import torch
+
+    reference = diffusers_pipeline(request.getfixturevalue(f"{kind}_model"), tiny_style)
+    ours = EnginePipeline.open(request.getfixturevalue(f"{kind}_engines"), "cpu")
+    embeddings, noise = ours.embed(PROMPTS, style_files.load(tiny_style)), ours.initial_latents(SEEDS)
+    for guidance, steps in ((1.0, 4), (3.0, 7)):
+        wanted = reference(
+            PROMPTS,
+            latents=torch.from_numpy(noise),
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            output_type="np",
+        ).images
+        got = ours.decode(ours.sample(embeddings, noise, steps, guidance, SEEDS)).transpose(0, 2, 3, 1)
+        assert wanted.std() > 0.1, "a picture of nothing proves nothing"
+        assert np.abs(np.clip(got / 2 + 0.5, 0, 1) - wanted).max() < 1e-4
+
+
+@pytest.mark.parametrize("token", ["<tiny>", "<Site-Style>", "sks"])
+def test_embeddings_with_a_token_are_those_of_diffusers(
+    token: str, tiny_model: Path, tmp_path: Path, pipeline: EnginePipeline
+) -> None:
+    import torch
+
+    path = write_token(tmp_path / "a.safetensors", token, vectors=3)
+    reference = diffusers_pipeline(tiny_model, path)
+    prompt = f"A b photo in the style of {token}"
+    with torch.inference_mode():
+        wanted, _ = reference.encode_prompt(prompt, "cpu", 1, False)
+    got = pipeline.embed([prompt], style_files.load(path))
+    assert np.abs(got - wanted.numpy()).max() < 1e-4
+    assert np.abs(got - pipeline.embed([prompt])).max() > 0.1, "without the token it is another text"
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_an_image_does_not_depend_on_its_batch(
+    guidance: float, tiny_style: Path, pipeline: EnginePipeline
+) -> None:
+    prompts = [f"A {name} photo in the style of <tiny>" for name in "abcdefgh"]
+    embeddings, seeds = pipeline.embed(prompts, style_files.load(tiny_style)), list(range(8))
+    whole = pipeline.draw(embeddings, seeds, 5, guidance)
+    assert whole.dtype == np.uint8 and whole.shape == (8, IMAGE, IMAGE, 3)
+    for size in (1, 3):
+        parts = [
+            pipeline.draw(embeddings[start : start + size], seeds[start : start + size], 5, guidance)
+            for start in range(0, 8, size)
+        ]
+        assert np.array_equal(np.concatenate(parts), whole)
+    turned = pipeline.draw(embeddings[::-1], seeds[::-1], 5, guidance)
+    assert np.array_equal(turned[::-1], whole)
+
+
+def test_a_scheduler_that_adds_noise_takes_it_from_the_image_s_seed(
+    tiny_engines: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_engines, tmp_path / "engines")
+    path = tmp_path / "engines" / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text())
+    config.update(_class_name="EulerAncestralDiscreteScheduler", rescale_betas_zero_snr=False)
+    path.write_text(json.dumps(config))
+    pipeline = EnginePipeline.open(tmp_path / "engines", "cpu")
+    embeddings = pipeline.embed(["a", "b"])
+    whole = pipeline.draw(embeddings, [1, 2], 4, 2.0)
+    assert np.array_equal(pipeline.draw(embeddings[1:], [2], 4, 2.0)[0], whole[1])
+    assert whole.std() > 10
+
+
+def test_external_weights_stay_where_they_are(tiny_engines: Path, tmp_path: Path, tiny_style: Path) -> None:
+    folder = tmp_path / "engines"
+    shutil.copytree(tiny_engines, folder)
+    path = folder / "text_encoder" / "model.onnx"
+    model = onnx.load(path)
+    path.unlink()
+    onnx.save_model(model, path, save_as_external_data=True, location="model.onnx_data", size_threshold=0)
+    token = style_files.load(tiny_style)
+    wanted = EnginePipeline.open(tiny_engines, "cpu").embed(PROMPTS, token)
+    assert np.array_equal(EnginePipeline.open(folder, "cpu").embed(PROMPTS, token), wanted)
+
+
+def test_broken_images_are_named(tiny_engines: Path) -> None:
+    pipeline = EnginePipeline.open(tiny_engines, "cpu")
+    embeddings = pipeline.embed(["a", "b"])
+    embeddings[1] = np.nan
+    with pytest.raises(
+        EngineError, match=r"1 of 2 images came out as NaN or infinite: b/00000\.png; rebuild"
+    ):
+        pipeline.draw(embeddings, [1, 2], 2, 2.0, ["a/00000.png", "b/00000.png"])
+    with pytest.raises(EngineError, match="infinite: of seed 2;"):
+        pipeline.draw(embeddings, [1, 2], 2, 1.0)
+
+
+def test_the_vae_encoder_opens_when_it_is_asked_for(pipeline: EnginePipeline) -> None:
+    encoder = pipeline.vae_encoder()
+    pixels = np.zeros((2, 3, pipeline.image_size, pipeline.image_size), np.float32)
+    assert encoder.run({"sample": pixels})["latent_parameters"].shape == (2, 8, 4, 4)
+
+
+def test_tokens_and_prompts_that_do_not_fit(pipeline: EnginePipeline) -> None:
+    wide = StyleToken("<wide>", np.zeros((1, 768), np.float32))
+    with pytest.raises(ModelError, match=r"belongs to Stable Diffusion 1\.x"):
+        pipeline.embed(["a <wide>"], wide)
+    known = StyleToken("a", np.zeros((1, WIDTH), np.float32))
+    with pytest.raises(ModelError, match="'a' is already a word"):
+        pipeline.embed(["a"], known)
+    with pytest.raises(ModelError, match="has 102 tokens, the generator takes 77"):
+        pipeline.embed(["a" * 100])
+
+
+def test_folders_that_are_no_engines(tiny_engines: Path, tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=r"no engines folder .*build-engines"):
+        EnginePipeline.open(tmp_path / "absent")
+    folder = tmp_path / "engines"
+    shutil.copytree(tiny_engines, folder)
+    (folder / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "NoSuchScheduler"}')
+    with pytest.raises(EngineError, match="no scheduler 'NoSuchScheduler'"):
+        EnginePipeline.open(folder)
+    (folder / "scheduler" / "scheduler_config.json").unlink()
+    with pytest.raises(EngineError, match=r"cannot read .*scheduler_config\.json"):
+        EnginePipeline.open(folder)

@@ -1,0 +1,40 @@
+"""`synthkit evaluate`: a bundle's top-1 on a test folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from synthkit.cli import options
+
+
+@options.command("evaluate")
+@click.option("--bundle", type=click.Path(path_type=Path), help="Bundle  [default: WORKSPACE/bundle]")
+@click.option("--test-dir", type=click.Path(path_type=Path), required=True, help="Test images.")
+@click.option("--skip-bad", is_flag=True, help="Leave unreadable files out instead of refusing the folder.")
+def command(workspace: Path, bundle: Path | None, test_dir: Path, skip_bad: bool) -> options.Output:
+    """Measure a bundle's top-1 on a test folder; torch is not needed.
+
+    A folder that shares an image with the photos trained on is refused.
+
+    \b
+    Example: synthkit evaluate --bundle ./bundle --test-dir ./test
+    """
+    from synthkit.engines.bundle import Bundle
+    from synthkit.recipes.evaluate import evaluate_bundle
+
+    measured = evaluate_bundle(Bundle.open(bundle or workspace / "bundle"), test_dir, skip_bad)
+    return options.Output(measured, _table(measured))
+
+
+def _table(measured: Mapping[str, Any]) -> str:
+    low, high = measured["interval"]
+    width = max(5, *(len(name) for name in measured["per_class"]))
+    lines = [f"{'class':<{width}}  top-1"]
+    lines += [f"{name:<{width}}  {share:5.3f}" for name, share in measured["per_class"].items()]
+    lines.append(f"{'all':<{width}}  {measured['top1']:5.3f}  (95 %: {low:.3f} to {high:.3f})")
+    lines.append(f"{measured['n_test']} images in {measured['seconds']:.1f} s")
+    return "\n".join(lines)

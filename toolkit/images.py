@@ -1,0 +1,370 @@
+"""Class folders of real or synthetic images, and what turns an image into a student's input.
+
+    root/<class>/<image>      classes = sorted folder names; nested folders belong to their class
+    root/classes.toml         optional: folder = "the words used in prompts"
+
+Decoding and preprocessing live in `synthkit.standalone`, which also runs in a bundle without synthkit. This
+module knows no model: images go out as uint8 arrays at the student's size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from synthkit import standalone
+from synthkit.artifacts import list_outputs
+from synthkit.config import read_toml
+from synthkit.errors import BadImages, ConfigError, DataError, ModelError, nearest
+
+log = logging.getLogger(__name__)
+
+CLASS_WORDS = "classes.toml"
+_NO_IMAGES = (CLASS_WORDS, "metadata.jsonl", "manifest.json", "thumbs.db", "desktop.ini")
+_NAMED_AT_MOST = 5
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes a student's input, in the words of timm's data config.
+
+    Attributes:
+        input_size: (channels, height, width).
+        interpolation: Pillow's name of the resampling filter.
+        crop_pct: side of the centre crop divided by the side that the image is scaled to.
+        crop_mode: "center" cuts the longer side, "squash" distorts, "border" pads with the mean.
+        mean: per channel, of pixels scaled to 0..1; applied inside the model.
+        std: per channel, of pixels scaled to 0..1; applied inside the model.
+    """
+
+    input_size: tuple[int, int, int]
+    interpolation: str
+    crop_pct: float
+    crop_mode: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __post_init__(self) -> None:
+        problems = [
+            (self.input_size[0] != 3, f"input_size {self.input_size} has not 3 channels"),
+            (self.interpolation not in standalone.INTERPOLATIONS, f"interpolation {self.interpolation!r}"),
+            (self.crop_mode not in standalone.CROP_MODES, f"crop_mode {self.crop_mode!r}"),
+            (not 0 < self.crop_pct <= 2, f"crop_pct {self.crop_pct}"),
+        ]
+        if found := [text for wrong, text in problems if wrong]:
+            raise ModelError(f"this preprocessing is not supported: {', '.join(found)}; use another student")
+
+    @classmethod
+    def from_timm(cls, data_config: Mapping[str, Any]) -> Preprocessing:
+        """From what `timm.data.resolve_model_data_config` gives.
+
+        Raises:
+            ModelError: the config asks for something that the bundle's reader cannot do.
+        """
+        return cls(
+            tuple(data_config["input_size"]),
+            data_config["interpolation"],
+            float(data_config["crop_pct"]),
+            data_config.get("crop_mode") or "center",
+            tuple(data_config["mean"]),
+            tuple(data_config["std"]),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of a bundle's preprocess.json, which `from_timm` reads back."""
+        values = asdict(self)
+        return {name: list(one) if isinstance(one, tuple) else one for name, one in values.items()}
+
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        """Model input of an RGB image, uint8 [height, width, 3]."""
+        return standalone.preprocess(image, self.to_json())
+
+
+@dataclass(frozen=True)
+class LabelledImage:
+    """One image file: where it is, the index of its class and the SHA-256 of its bytes."""
+
+    path: Path
+    label: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """The images of a folder of class folders.
+
+    Attributes:
+        root: the folder.
+        classes: class names; a label is an index into them.
+        items: the images, ordered by class and path.
+    """
+
+    root: Path
+    classes: tuple[str, ...]
+    items: tuple[LabelledImage, ...]
+
+    @classmethod
+    def scan(cls, root: Path, skip_bad: bool = False) -> ImageSet:
+        """Find and decode every image once.
+
+        Args:
+            root: holds one folder per class.
+            skip_bad: leave unreadable files out with a warning instead of refusing the folder.
+
+        Raises:
+            BadImages: names every file that cannot be read.
+            DataError: the folder is missing, empty, has one class only or a class without images.
+        """
+        folders = _class_folders(root)
+        files = [item for label, name in enumerate(folders) for item in _labelled(folders[name], label)]
+        failures = [(item.path, reason) for item in files if (reason := _unreadable(item.path))]
+        if failures and not skip_bad:
+            raise BadImages(failures)
+        if failures:
+            log.warning("left out %d unreadable file(s): %s", len(failures), _list_failures(failures))
+        bad = {path for path, _ in failures}
+        found = cls(root, tuple(folders), tuple(item for item in files if item.path not in bad))
+        _refuse_empty_classes(found)
+        return found
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Class index of every image, int64 [N]."""
+        return np.array([item.label for item in self.items], dtype=np.int64)
+
+    def subset(self, indices: Iterable[int]) -> ImageSet:
+        """The images at the given positions, with the same classes."""
+        return ImageSet(self.root, self.classes, tuple(self.items[int(index)] for index in indices))
+
+    def load(self, preprocessing: Preprocessing) -> np.ndarray:
+        """Every image as model input, uint8 [N, height, width, 3].
+
+        Raises:
+            BadImages: a file became unreadable since the scan.
+        """
+        inputs, failures = standalone.read_inputs([item.path for item in self.items], preprocessing.to_json())
+        if failures:
+            raise BadImages(failures)
+        return inputs
+
+    def counts(self) -> dict[str, int]:
+        """Class name -> number of images."""
+        numbers = np.bincount(self.labels, minlength=len(self.classes))
+        return {name: int(number) for name, number in zip(self.classes, numbers, strict=True)}
+
+    def with_classes(self, classes: Sequence[str]) -> ImageSet:
+        """The same images, labelled by positions in another list of classes.
+
+        Raises:
+            DataError: the folder has a class that the list lacks.
+        """
+        unknown = [name for name in self.classes if name not in classes]
+        if unknown:
+            raise DataError(
+                f"{self.root} has a class that is not known: {', '.join(map(repr, unknown))}; "
+                f"known are {', '.join(classes)}{nearest(unknown[0], classes)}"
+            )
+        position = [list(classes).index(name) for name in self.classes]
+        items = (LabelledImage(item.path, position[item.label], item.sha256) for item in self.items)
+        return ImageSet(self.root, tuple(classes), tuple(items))
+
+
+def _class_folders(root: Path) -> dict[str, list[Path]]:
+    """Class name -> its folders, in the order of the names."""
+    if not root.exists():
+        raise DataError(f"no folder {root}; give a folder that holds one folder of images per class")
+    if not root.is_dir():
+        raise DataError(f"{root} is a file; give a folder that holds one folder of images per class")
+    entries = sorted(path for path in root.iterdir() if not path.name.startswith("."))
+    folders: dict[str, list[Path]] = {}
+    for path in entries:
+        if path.is_dir():  # macOS writes decomposed letters, others composed ones; a class has one name
+            folders.setdefault(unicodedata.normalize("NFC", path.name), []).append(path)
+    _refuse_few_folders(root, entries, folders)
+    return dict(sorted(folders.items()))
+
+
+def _labelled(folders: Sequence[Path], label: int) -> list[LabelledImage]:
+    return [
+        LabelledImage(folder / name, label, str(entry["sha256"]))
+        for folder in folders
+        for name, entry in list_outputs(folder).items()
+        if Path(name).name.lower() not in _NO_IMAGES
+    ]
+
+
+def _refuse_few_folders(root: Path, entries: Sequence[Path], folders: Mapping[str, list[Path]]) -> None:
+    loose = [path for path in entries if path.is_file() and path.name.lower() not in _NO_IMAGES]
+    if not folders and loose:
+        raise DataError(
+            f"{root} holds {len(loose)} file(s) such as {loose[0].name} but no class folder; "
+            "put the images of each class into a folder named after it"
+        )
+    if not folders:
+        raise DataError(f"{root} is empty; put the images of each class into a folder named after it")
+    if len(folders) == 1:
+        only = next(iter(folders))
+        raise DataError(f"{root} has one class only, {only!r}; a classifier needs at least two class folders")
+    broken = [name for name in folders if len(name.splitlines()) != 1]
+    if broken:
+        raise DataError(f"the folder name {broken[0]!r} in {root} holds a line break; rename the folder")
+
+
+def _refuse_empty_classes(images: ImageSet) -> None:
+    empty = [name for name, number in images.counts().items() if not number]
+    if empty:
+        names = ", ".join(map(repr, empty))
+        raise DataError(f"no usable image in class {names} of {images.root}; add images or remove the folder")
+
+
+def _unreadable(path: Path) -> str:
+    """Why a file is not a usable image; empty when it is one."""
+    try:
+        standalone.open_image(path)
+    except standalone.UnusableImage as error:
+        return str(error)
+    return ""
+
+
+def _list_failures(failures: Iterable[tuple[Path, str]]) -> str:
+    return "; ".join(f"{path} ({reason})" for path, reason in failures)
+
+
+def check_disjoint(first: ImageSet, second: ImageSet, names: tuple[str, str]) -> None:
+    """Refuse two image sets that share a file's content.
+
+    Args:
+        first: one set.
+        second: the other.
+        names: what to call them in the message, for example ("the few shots", "the test set").
+
+    Raises:
+        DataError: names some of the shared files.
+    """
+    refuse_shared(second, {item.sha256: str(item.path) for item in first.items}, names)
+
+
+def refuse_shared(images: ImageSet, known: Mapping[str, str], names: tuple[str, str]) -> None:
+    """Refuse an image set that holds content of which only hashes are known.
+
+    Args:
+        images: the set.
+        known: SHA-256 -> where that content was seen before.
+        names: what to call the known content and the set in the message.
+
+    Raises:
+        DataError: names some of the shared files.
+    """
+    shared = [f"{item.path} = {known[item.sha256]}" for item in images.items if item.sha256 in known]
+    if shared:
+        more = f" and {len(shared) - _NAMED_AT_MOST} more" if len(shared) > _NAMED_AT_MOST else ""
+        raise DataError(
+            f"{names[1]} shares {len(shared)} image(s) with {names[0]}: "
+            f"{'; '.join(shared[:_NAMED_AT_MOST])}{more}; a measurement needs images never trained on, "
+            "so remove them from one of the two"
+        )
+
+
+def class_words(root: Path, classes: Sequence[str]) -> dict[str, str]:
+    """Class name -> the words that a prompt uses: from `root/classes.toml`, else the name itself.
+
+    Raises:
+        ConfigError: a key is no class, or a value is not a text; all of them at once.
+    """
+    given = read_toml(root / CLASS_WORDS) if (root / CLASS_WORDS).exists() else {}
+    problems = [f"unknown class {name!r}{nearest(name, classes)}" for name in given if name not in classes]
+    problems += [
+        f"{name} = {words!r} must be a text in quotes"
+        for name, words in given.items()
+        if not isinstance(words, str) or not words.strip()
+    ]
+    if problems:
+        raise ConfigError(f"{root / CLASS_WORDS}: {'; '.join(problems)}")
+    return {name: given.get(name, name.replace("_", " ")) for name in classes}
+
+
+def stratified_folds(labels: np.ndarray, k: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Cross-validation splits as (training, validation) positions, each class spread evenly over the folds.
+
+    An image that is alone in its class is trained on in every fold, and there are no more folds than the
+    largest class has images; where every class has one image there is no fold.
+
+    Args:
+        labels: class index per image.
+        k: number of folds at the most.
+        seed: of the draw.
+    """
+    sizes = np.bincount(labels)
+    count = min(k, int(sizes.max()))
+    if count < 2:
+        return []
+    fold = np.full(len(labels), -1)
+    dealt = 0
+    random = np.random.default_rng(seed)
+    for label in np.flatnonzero(sizes > 1):
+        members = random.permutation(np.flatnonzero(labels == label))
+        fold[members] = (dealt + np.arange(len(members))) % count
+        dealt += len(members)
+    return [(np.flatnonzero(fold != one), np.flatnonzero(fold == one)) for one in range(count)]
+
+
+def k_shot(images: ImageSet, shots: int, seed: int) -> np.ndarray:
+    """Positions of a few images of every class; a larger draw of the same seed contains the smaller ones.
+
+    Args:
+        images: where to draw from.
+        shots: images per class.
+        seed: of the draw; the order within a class is that of a hash of seed and content.
+
+    Raises:
+        DataError: a class has fewer images.
+    """
+    few = [f"{name} has {number}" for name, number in images.counts().items() if number < shots]
+    if few:
+        raise DataError(f"{shots} images per class were asked for, but {', '.join(few)}; ask for fewer")
+    order = [hashlib.sha256(f"{seed}/{item.sha256}".encode()).digest() for item in images.items]
+    chosen: list[int] = []
+    for label in range(len(images.classes)):
+        members = [i for i, item in enumerate(images.items) if item.label == label]
+        chosen += sorted(members, key=lambda i: order[i])[:shots]
+    return np.array(sorted(chosen))
+
+
+def contact_sheet(
+    rows: Sequence[tuple[str, Sequence[Image.Image | np.ndarray]]], path: Path, cell: int = 48
+) -> None:
+    """Write a PNG of labelled rows of small images.
+
+    Args:
+        rows: label and images (Pillow's or uint8 [height, width, 3]) of each row.
+        path: the PNG file.
+        cell: side of one picture in pixels.
+    """
+    font = ImageFont.load_default(size=max(10, cell // 3))
+    margin = 8 + max(int(font.getlength(label)) for label, _ in rows)
+    step = cell + 2
+    width = margin + step * max(len(pictures) for _, pictures in rows)
+    sheet = Image.new("RGB", (width, step * len(rows)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, (label, pictures) in enumerate(rows):
+        draw.text((4, row * step + step // 2), label, fill="black", font=font, anchor="lm")
+        for column, picture in enumerate(pictures):
+            sheet.paste(_cell(picture, cell), (margin + column * step, row * step))
+    sheet.save(path, format="PNG")
+
+
+def _cell(picture: Image.Image | np.ndarray, side: int) -> Image.Image:
+    image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+    filter = Image.Resampling.NEAREST if max(image.size) <= side else Image.Resampling.BOX
+    return image.convert("RGB").resize((side, side), filter)

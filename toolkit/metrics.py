@@ -1,0 +1,47 @@
+"""What predictions are worth: top-1, per class, confusion, and the interval that so many images allow.
+
+Pure NumPy on label indices; it knows no model and no file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def top1(predicted: np.ndarray, labels: np.ndarray) -> float:
+    """Share of right predictions, 0..1."""
+    return float(np.mean(predicted == labels))
+
+
+def confusion(predicted: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
+    """Counts [classes, classes]: row = true class, column = predicted class."""
+    matrix = np.zeros((classes, classes), dtype=np.int64)
+    np.add.at(matrix, (labels, predicted), 1)
+    return matrix
+
+
+def per_class(predicted: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> dict[str, float]:
+    """Class name -> share of its images that are predicted right; classes without images are left out."""
+    matrix = confusion(predicted, labels, len(classes))
+    return {
+        name: float(matrix[index, index] / matrix[index].sum())
+        for index, name in enumerate(classes)
+        if matrix[index].sum()
+    }
+
+
+def wilson_interval(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's confidence interval of a share, sound for small samples and near 0 and 1.
+
+    Args:
+        right: right predictions.
+        total: all predictions, at least one.
+        z: standard score of the confidence level; 1.96 is 95 %.
+    """
+    share = right / total
+    centre = (share + z * z / (2 * total)) / (1 + z * z / total)
+    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / (1 + z * z / total)
+    return max(0.0, centre - half), min(1.0, centre + half)
