@@ -3,9 +3,9 @@
 The file gets its name only after its numbers were compared with the student's.
 
 Torch's TorchScript exporter comes first: within a second it writes opset 17, the newest that TensorRT 8.6
-(JetPack 6.0) reads, where the dynamo exporter takes 7 to 40 seconds on two cores, starts at opset 18 and fails
-to convert classifiers down. Dynamo is the fall-back for students that TorchScript cannot export; the bundle
-says which one was used.
+(JetPack 6.0) reads, where the dynamo exporter takes 7 to 40 seconds on two cores, starts at opset 18 and
+fails to convert classifiers down. Dynamo is the fall-back for students that TorchScript cannot export; the
+bundle says which one was used.
 """
 
 from __future__ import annotations

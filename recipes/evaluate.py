@@ -39,10 +39,8 @@ def evaluate_bundle(bundle: Bundle, test_dir: Path, skip_bad: bool = False) -> d
 
 
 def _predicted(bundle: Bundle, images: ImageSet) -> np.ndarray:
-    chunks = [
-        images.subset(range(start, min(start + _CHUNK, len(images))))
-        for start in range(0, len(images), _CHUNK)
-    ]
+    positions = range(len(images))
+    chunks = [images.subset(positions[start : start + _CHUNK]) for start in positions[::_CHUNK]]
     return np.concatenate([bundle.logits(one.load(bundle.preprocessing)).argmax(axis=1) for one in chunks])
 
 

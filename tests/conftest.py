@@ -25,11 +25,11 @@ def tiny_epsilon_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_engines(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The engines of `tiny_model`; tests that change files copy the folder first."""
-    from synthkit.engines.export import export_pipeline
+    from synthkit.recipes.build_engines import build_engines
+    from synthkit.recipes.settings import EngineSettings
 
     out = tmp_path_factory.mktemp("engines") / "tiny-v"
-    export_pipeline(tiny_model, out)
-    return out
+    return build_engines(EngineSettings(model=str(tiny_model)), out).out
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from synthkit.artifacts import read_manifest
 from synthkit.engines import build
 from synthkit.engines.build import choose_backend, probe_tensorrt
 from synthkit.engines.export import component_parity, export_pipeline
@@ -45,6 +46,7 @@ def test_a_planted_error_is_found(
         component_parity(tiny_model, tmp_path / "engines")
 
 
+@pytest.mark.filterwarnings("ignore:Accessing config attribute:FutureWarning")  # Optimum of diffusers
 def test_optimum_opens_the_folder_and_draws_the_same(tiny_engines: Path) -> None:
     import torch
     from optimum.onnxruntime import ORTStableDiffusionPipeline
@@ -69,11 +71,15 @@ def test_optimum_opens_the_folder_and_draws_the_same(tiny_engines: Path) -> None
 def test_half_precision_lies_in_the_graph(tiny_model: Path, tmp_path: Path) -> None:
     from synthkit.engines.pipeline import EnginePipeline
 
-    export_pipeline(tiny_model, tmp_path, "fp16", size=2 * IMAGE)
-    component_parity(tiny_model, tmp_path, "fp16")
-    kinds = {one.data_type for one in onnx.load(tmp_path / "unet" / "model.onnx").graph.initializer}
+    model, out = tmp_path / "model", tmp_path / "engines"
+    shutil.copytree(tiny_model, model)
+    (model / "classes.toml").write_text('a = "letter a"\n')
+    export_pipeline(model, out, "fp16", size=2 * IMAGE)
+    component_parity(model, out, "fp16")
+    kinds = {one.data_type for one in onnx.load(out / "unet" / "model.onnx").graph.initializer}
     assert kinds == {onnx.TensorProto.FLOAT16}
-    pipeline = EnginePipeline.open(tmp_path, "cpu")
+    assert (out / "classes.toml").is_file()
+    pipeline = EnginePipeline.open(out, "cpu")
     images = pipeline.draw(pipeline.embed(["a"]), [1], steps=2, guidance=2.0)
     assert images.shape == (1, 2 * IMAGE, 2 * IMAGE, 3) and images.std() > 10
 
@@ -91,25 +97,26 @@ def test_weights_that_do_not_load_are_a_model_error(tiny_model: Path, tmp_path: 
     assert "\n" not in str(caught.value)
 
 
-def test_the_stage_is_skipped_when_nothing_changed(tiny_model: Path, tmp_path: Path) -> None:
-    (tmp_path / "model").mkdir()
-    model = tmp_path / "model" / "m"
+def test_the_stage_is_skipped_when_nothing_changed(
+    tiny_model: Path, tiny_engines: Path, tmp_path: Path
+) -> None:
+    model, out = tmp_path / tiny_model.name, tmp_path / "engines"
     shutil.copytree(tiny_model, model)
-    (model / "classes.toml").write_text('a = "letter a"\n')
-    settings, out = EngineSettings(model=str(model)), tmp_path / "engines"
-    first = build_engines(settings, out)
-    assert not first.skipped and not any(one["cached"] for one in engine_list(first))
-    assert first.manifest.config["model"] == "m" and base_model(out) == str(model)
-    assert (out / "classes.toml").is_file()
+    shutil.copytree(tiny_engines, out)
+    assert base_model(out) == str(tiny_model)
+    first = read_manifest(out)
+    assert first is not None and first.config["model"] == tiny_model.name
+    assert [one["cached"] for one in first.metrics["engines"]] == [False] * 4
+    settings = EngineSettings(model=str(model))
     again = build_engines(settings, out)
     assert again.skipped and all(one["cached"] for one in engine_list(again))
-    assert {"component", "path", "backend", "precision", "max_abs_error", "seconds"} <= engine_list(again)[
-        0
-    ].keys()
+    keys = {"component", "path", "backend", "precision", "max_abs_error", "seconds", "cached"}
+    assert keys <= engine_list(again)[0].keys()
 
     config = json.loads((model / "unet" / "config.json").read_text())
     (model / "unet" / "config.json").write_text(json.dumps({**config, "_note": 1}))
-    assert build_engines_request(settings, out).key != first.manifest.key
+    assert build_engines_request(settings, out).key != first.key
+    assert build_engines_request(EngineSettings(model=str(tiny_model), opset=17), out).key != first.key
 
 
 def test_settings_that_cannot_be_used(tiny_model: Path, tmp_path: Path) -> None:

@@ -89,6 +89,7 @@ def test_an_image_does_not_depend_on_its_batch(
     assert np.array_equal(turned[::-1], whole)
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers of NumPy
 def test_a_scheduler_that_adds_noise_takes_it_from_the_image_s_seed(
     tiny_engines: Path, tmp_path: Path
 ) -> None:

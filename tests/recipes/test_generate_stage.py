@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -75,8 +76,8 @@ def test_a_new_style_or_run_seed_draws_others(
     )
 
 
-def test_a_seed_is_its_own(drawn: Path) -> None:
-    assert image_seed(0, "7", 3) == 167262471311486
+def test_a_seed_is_its_own() -> None:
+    assert image_seed(0, "7", 3) == 221968626312874
     names = [(seed, name, index) for seed in range(3) for name in ("1", "11") for index in range(30)]
     assert len({image_seed(*name) for name in names}) == len(names)
 
@@ -138,11 +139,14 @@ def run(*words: str | Path) -> tuple[int, str, str]:
     return result.exit_code, result.stdout, result.stderr
 
 
-def test_the_commands_end_to_end(tiny_model: Path, tiny_style: Path, tmp_path: Path) -> None:
+def test_the_commands_end_to_end(
+    tiny_model: Path, tiny_engines: Path, tiny_style: Path, tmp_path: Path
+) -> None:
     workspace = tmp_path / "w"
+    shutil.copytree(tiny_engines, workspace / "engines")
     code, out, _ = run("--workspace", workspace, "build-engines", "--model", tiny_model, "--json")
     engines = json.loads(out)["engines"]
-    assert code == 0 and [one["cached"] for one in engines] == [False] * 4
+    assert code == 0 and [one["cached"] for one in engines] == [True] * 4
     flags = ["--classes", "a,b", "--style", tiny_style, "--per-class", "2", "--steps", "2"]
     generate_words = ["--workspace", workspace, "generate", *flags]
     code, out, _ = run(*generate_words, "--dry-run", "--json")

@@ -1,0 +1,62 @@
+"""Small timm students with lively weights, and class folders of small images."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from synthkit.images import Preprocessing
+
+CLASSES = ("Ærø brücke", "a dog", "Ω")
+PREPROCESSING = Preprocessing(
+    (3, 32, 32), "bicubic", 0.9, "center", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+)
+
+
+@dataclass(frozen=True)
+class TinyStudent:
+    model: Any
+    preprocessing: Preprocessing
+    classes: Sequence[str]
+
+
+def tiny_student(seed: int = 0, classes: Sequence[str] = CLASSES, name: str = "test_resnet") -> TinyStudent:
+    import timm
+    import torch
+
+    torch.manual_seed(seed)
+    model = timm.create_model(name, num_classes=len(classes))
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.2)
+                module.running_var.uniform_(0.5, 2)
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.normal_(0, 0.2)
+        model.get_classifier().weight.normal_(0, 0.5)
+        model.get_classifier().bias.normal_(0, 0.5)
+    return TinyStudent(model, PREPROCESSING, tuple(classes))
+
+
+def noise(count: int = 6, side: int = 32, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+
+
+def class_folders(root: Path, classes: Sequence[str] = CLASSES, each: int = 2, seed: int = 0) -> Path:
+    for index, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for number, pixels in enumerate(noise(each, 40, seed * 100 + index)):
+            Image.fromarray(pixels).save(root / name / f"{number}.png")
+    return root
+
+
+def tiny_bundle(folder: Path, trained_on: Sequence[str] = (), seed: int = 0) -> Path:
+    from synthkit.recipes.export import export_student_bundle
+
+    folder.mkdir(parents=True)
+    lineage = {"trained_on": list(trained_on), "path": "last layer"}
+    export_student_bundle(tiny_student(seed), noise(), lineage, {"top1": 0.5, "n_test": 6}, folder)
+    return folder
