@@ -186,7 +186,7 @@ def _read_facts(folder: Path) -> dict[str, Any]:
         schema = facts.get("schema")
     except (FileNotFoundError, NotADirectoryError):
         raise BundleError(f"no bundle: {path} is missing; make one with `synthkit adapt`") from None
-    except (ValueError, AttributeError):
+    except (ValueError, TypeError, AttributeError):
         raise BundleError(f"{path} is not a bundle's JSON; export or copy the bundle again") from None
     if schema != SCHEMA:
         raise BundleError(

@@ -22,6 +22,7 @@ from synthkit.engines.session import OrtSession, Session, open_session
 from synthkit.engines.spec import Geometry, read_geometry
 from synthkit.engines.vocabulary import with_rows
 from synthkit.errors import EngineError, MissingExtra, ModelError
+from synthkit.models import INDEX
 from synthkit.style import StyleToken
 
 
@@ -245,13 +246,19 @@ def _add_words(tokenizer: Any, style: StyleToken) -> list[int]:
 
 
 def _tokenizer(folder: Path) -> Any:
+    """The tokenizer in the class that the pipeline names, since the fast one cuts some texts otherwise."""
     try:
-        from transformers import CLIPTokenizer
+        import transformers
     except ImportError:
         raise MissingExtra("transformers", "train") from None
     try:
-        return CLIPTokenizer.from_pretrained(str(folder / "tokenizer"), local_files_only=True)
-    except (OSError, ValueError, TypeError):
+        name = json.loads((folder / INDEX).read_text(encoding="utf-8"))["tokenizer"][1]
+        kind = {
+            "CLIPTokenizer": transformers.CLIPTokenizer,
+            "CLIPTokenizerFast": transformers.CLIPTokenizerFast,
+        }
+        return kind[name].from_pretrained(str(folder / "tokenizer"), local_files_only=True)
+    except (OSError, ValueError, TypeError, LookupError):
         raise EngineError(
             f"cannot read the tokenizer in {folder}; make it with `synthkit build-engines --force`"
         ) from None

@@ -154,7 +154,8 @@ def _options(runtime: Any, data_folder: Path | None) -> Any:
     options = runtime.SessionOptions()
     options.log_severity_level = 3  # what matters comes back as an exception or in get_providers
     # The one knob that torch, NumPy and scripts for shared machines already set; 0 lets ONNX Runtime choose.
-    options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS", "0"))
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    options.intra_op_num_threads = int(threads) if threads.isdecimal() else 0
     if data_folder is not None:
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(data_folder.resolve())

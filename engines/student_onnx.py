@@ -54,10 +54,11 @@ class Uint8Student(torch.nn.Module):
 
     def __init__(self, model: torch.nn.Module, preprocessing: Preprocessing) -> None:
         super().__init__()
-        self.model = copy.deepcopy(model).cpu().eval()
+        self.model = copy.deepcopy(model).cpu()
         mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
         self.register_buffer("scale", (1 / (255 * std)).view(1, 3, 1, 1))
         self.register_buffer("shift", (-mean / std).view(1, 3, 1, 1))
+        self.eval()  # all of it: the exporter puts every part back into the mode of the whole
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Logits of uint8 [N, height, width, 3]."""
@@ -98,11 +99,13 @@ def export_student(
         ParityError: the file does not compute what the student computes.
     """
     student = Uint8Student(model, preprocessing)
+    logits = torch_logits(student, images)
+    if not np.isfinite(logits).all():
+        raise ParityError("the student gives logits that are not finite; train it again")
     unproven = path.with_name(f".{path.name}.unproven")
     try:
         exporter = _export(student, preprocessing, unproven)
         head, opset = _finish(unproven, model, metadata)
-        logits = torch_logits(student, images)
         parity = prove_parity(logits, unproven, images)
         unproven.replace(path)
     finally:
@@ -124,13 +127,9 @@ def prove_parity(expected: np.ndarray, path: Path, images: np.ndarray) -> dict[s
     session = open_session(path)
     found = in_batches(lambda batch: session.run({INPUT: batch})[OUTPUT], images)
     alone = session.run({INPUT: images[:1]})[OUTPUT]
-    if not (np.isfinite(expected).all() and np.isfinite(found).all()):
-        raise ParityError(
-            "the student gives logits that are not finite, so nothing was written; train it again"
-        )
     error = float(max(np.abs(found - expected).max(), np.abs(alone - expected[:1]).max()))
     allowed = TOLERANCE * float(np.abs(expected).max())
-    if error > allowed:
+    if not error <= allowed:  # NaN too
         raise ParityError(
             f"the exported model differs from the torch student by {error:.2g} in a logit, allowed are "
             f"{allowed:.2g}, so it was not written; use another --student and report this one"
@@ -140,7 +139,7 @@ def prove_parity(expected: np.ndarray, path: Path, images: np.ndarray) -> dict[s
         "tolerance": allowed,
         "top1_agreement": float(np.mean(found.argmax(1) == expected.argmax(1))),
         "images": len(images),
-        "finite": True,
+        "finite": bool(np.isfinite(found).all()),
     }
 
 
@@ -254,7 +253,5 @@ def head_tensors(graph: onnx.GraphProto, linear: torch.nn.Linear) -> dict[str, s
         name in weights and np.array_equal(weights[name], values)
         for name, values in zip(gemm.input[1:], wanted, strict=True)
     ):
-        raise ParityError(
-            "the exported graph does not end in the student's last layer; use another --student"
-        )
+        raise ParityError("the exported graph does not end in the student's head; use another --student")
     return dict(zip(("input", "weight", "bias"), gemm.input, strict=True))

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 import synthkit
-from synthkit.artifacts import Request, StageResult, digest, fingerprint, run_stage
+from synthkit.artifacts import Request, StageResult, fingerprint, run_stage
 from synthkit.engines import bundle
 from synthkit.errors import BundleError, ModelError
 from synthkit.images import ImageSet, Preprocessing
@@ -44,7 +44,7 @@ def export_request(student_dir: Path, out: Path, photos: ImageSet | None) -> Req
         raise ModelError(f"no student in {student_dir}; give a timm folder, or run `synthkit train` first")
     inputs = {"student": fingerprint(student_dir)}
     if photos is not None:
-        inputs["photos"] = digest([photos.classes, [(item.label, item.sha256) for item in photos.items]])
+        inputs["photos"] = photos.digest
     return Request("export", out, inputs, {"bundle_schema": bundle.SCHEMA})
 
 

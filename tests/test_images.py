@@ -58,17 +58,12 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
     assert np.asarray(found)[0, :, 0].tolist() == [0, 1, 128, 255]
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
 def test_transparency_becomes_white(tmp_path: Path, mode: str) -> None:
     image = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
     image.paste((0, 0, 0, 255), (0, 0, 2, 4))
-    name = "a.tif" if mode == "PA" else "a.png"
-    if mode == "PA":
-        image = image.convert("LA").convert("PA")
-        pixels = standalone._to_rgb(image)
-    else:
-        pixels = standalone.open_image(written(tmp_path / name, image.convert(mode)))
-    assert np.asarray(pixels)[0, :, 0].tolist() == [0, 0, 255, 255]
+    found = standalone.open_image(written(tmp_path / "a.png", image.convert(mode)))
+    assert np.asarray(found)[0, :, 0].tolist() == [0, 0, 255, 255]
 
 
 def test_a_transparent_colour_of_a_palette_becomes_white(tmp_path: Path) -> None:
@@ -112,7 +107,7 @@ def bad_files(folder: Path) -> dict[str, str]:
     Image.fromarray(np.array([[-5, 1]], dtype=np.int32)).save(folder / "minus.tif")
     return {
         "cut.jpg": "truncated",
-        "cut.png": "",
+        "cut.png": "truncated",
         "text.jpg": "not an image",
         "empty.png": "empty file",
         "phone.HEIC": "convert it to JPEG",
@@ -296,7 +291,7 @@ def test_shared_content_is_refused_whatever_its_name(tmp_path: Path) -> None:
     folder = class_folders(tmp_path / "second", seed=2)
     check_disjoint(first, ImageSet.scan(folder), ("the few shots", "the test set"))
     (folder / "Ω" / "copy.png").write_bytes(first.items[0].path.read_bytes())
-    with pytest.raises(DataError, match="the test set shares 1 image.*with the few shots.*copy.png"):
+    with pytest.raises(DataError, match=r"the test set shares 1 image.*with the few shots.*copy.png"):
         check_disjoint(first, ImageSet.scan(folder), ("the few shots", "the test set"))
 
 
@@ -333,12 +328,11 @@ def test_k_shot_draws_are_nested_and_follow_the_content(tmp_path: Path) -> None:
     assert images.subset(draws[1]).counts() == dict.fromkeys(images.classes, 2)
     assert {tuple(k_shot(images, 2, seed).tolist()) for seed in range(5)} != {tuple(draws[1].tolist())}
     for path in [item.path for item in images.items]:
-        path.rename(path.with_name(f"{9 - int(path.stem)}.png"))
+        path.rename(path.with_name(f"x{9 - int(path.stem)}.png"))
     renamed = ImageSet.scan(tmp_path / "a")
-    assert {renamed.items[i].sha256 for i in k_shot(renamed, 2, 3)} == {
-        images.items[i].sha256 for i in draws[1]
-    }
-    with pytest.raises(DataError, match="7 images per class .*a dog has 6"):
+    found = {renamed.items[i].sha256 for i in k_shot(renamed, 2, 3)}
+    assert found == {images.items[i].sha256 for i in draws[1]}
+    with pytest.raises(DataError, match=r"7 images per class .*a dog has 6"):
         k_shot(images, 7, seed=0)
 
 

@@ -59,9 +59,12 @@ def test_offline_the_error_tells_how_to_use_a_local_folder(
 ) -> None:
     pytest.importorskip("huggingface_hub")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match=r"cannot fetch 'org/model' .*--model DIR") as caught:
-        resolve_model("org/model", download=False)
+        resolve_model("org/model")
     assert "\n" not in str(caught.value)
+    with pytest.raises(ModelError, match=r"'org/model' is not on this machine yet"):
+        resolve_model("org/model", download=False)
 
 
 def test_only_the_files_that_are_needed_are_asked_of_the_hub(

@@ -11,9 +11,8 @@ from PIL import Image
 from synthkit.images import Preprocessing
 
 CLASSES = ("Ærø brücke", "a dog", "Ω")
-PREPROCESSING = Preprocessing(
-    (3, 32, 32), "bicubic", 0.9, "center", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-)
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+PREPROCESSING = Preprocessing((3, 32, 32), "bicubic", 0.9, "center", MEAN, STD)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from synthkit import standalone
-from synthkit.artifacts import list_outputs
+from synthkit.artifacts import digest, list_outputs
 from synthkit.config import read_toml
 from synthkit.errors import BadImages, ConfigError, DataError, ModelError, nearest
 
@@ -142,6 +142,11 @@ class ImageSet:
     def labels(self) -> np.ndarray:
         """Class index of every image, int64 [N]."""
         return np.array([item.label for item in self.items], dtype=np.int64)
+
+    @property
+    def digest(self) -> str:
+        """Digest of classes, labels and contents, wherever the files lie and whatever they are called."""
+        return digest([self.classes, sorted((item.label, item.sha256) for item in self.items)])
 
     def subset(self, indices: Iterable[int]) -> ImageSet:
         """The images at the given positions, with the same classes."""

@@ -14,8 +14,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
 
 from synthkit.checkpoints import load_checkpoint, save_checkpoint, step_generator
 from synthkit.diffusion import DiffusionParts, noise_prediction_loss, token_ids
-from synthkit.recipes.glyphs32.autoencoder import one_cycle
+from synthkit.recipes.glyphs32.autoencoder import LATENT_CHANNELS
 from synthkit.recipes.glyphs32.tokenizer import CONTEXT
+from synthkit.training import one_cycle
 
 WIDTH = 96  # of the text embeddings
 
@@ -39,9 +40,11 @@ class Denoiser:
 
 
 def new_denoiser(tokenizer: CLIPTokenizerFast) -> Denoiser:
-    """Untrained networks: a UNet of 4 M parameters on 8x8x4 latents and a text encoder of two layers."""
+    """Untrained networks: a UNet of 4 M parameters on 8x8x6 latents and a text encoder of two layers."""
     unet = UNet2DConditionModel(
         sample_size=8,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
         block_out_channels=(64, 128),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -80,6 +83,7 @@ def new_scheduler() -> DDIMScheduler:
         prediction_type="v_prediction",
         rescale_betas_zero_snr=True,
         timestep_spacing="trailing",
+        steps_offset=1,
         clip_sample=False,
         set_alpha_to_one=True,
     )
@@ -97,7 +101,7 @@ def train_denoiser(
     """Train UNet and text encoder on captioned latents; resumes from the folder's checkpoint.
 
     Args:
-        latents: scaled latents [N, 4, 8, 8].
+        latents: scaled latents [N, 6, 8, 8].
         captions: one sentence per latent.
         tokenizer: made from such captions.
         folder: where the checkpoint lies.

@@ -55,6 +55,28 @@ def test_the_loop_is_that_of_diffusers(kind: str, tiny_style: Path, request: pyt
         assert np.abs(np.clip(got / 2 + 0.5, 0, 1) - wanted).max() < 1e-4
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers of NumPy
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
+def test_the_loop_follows_other_schedulers(
+    name: str, tiny_epsilon_model: Path, tiny_epsilon_engines: Path, tiny_style: Path, tmp_path: Path
+) -> None:
+    import diffusers
+    import torch
+
+    reference = diffusers_pipeline(tiny_epsilon_model, tiny_style)
+    reference.scheduler = getattr(diffusers, name).from_config(reference.scheduler.config)
+    shutil.copytree(tiny_epsilon_engines, tmp_path / "engines")
+    reference.scheduler.save_pretrained(tmp_path / "engines" / "scheduler")
+    ours = EnginePipeline.open(tmp_path / "engines", "cpu")
+    noise = ours.initial_latents(SEEDS)
+    wanted = reference(
+        PROMPTS, latents=torch.from_numpy(noise), num_inference_steps=4, guidance_scale=2.0, output_type="np"
+    ).images
+    embeddings = ours.embed(PROMPTS, style_files.load(tiny_style))
+    got = ours.decode(ours.sample(embeddings, noise, 4, 2.0, SEEDS)).transpose(0, 2, 3, 1)
+    assert np.abs(np.clip(got / 2 + 0.5, 0, 1) - wanted).max() < 1e-4
+
+
 @pytest.mark.parametrize("token", ["<tiny>", "<Site-Style>", "sks"])
 def test_embeddings_with_a_token_are_those_of_diffusers(
     token: str, tiny_model: Path, tmp_path: Path, pipeline: EnginePipeline
@@ -103,6 +125,25 @@ def test_a_scheduler_that_adds_noise_takes_it_from_the_image_s_seed(
     whole = pipeline.draw(embeddings, [1, 2], 4, 2.0)
     assert np.array_equal(pipeline.draw(embeddings[1:], [2], 4, 2.0)[0], whole[1])
     assert whole.std() > 10
+
+
+def test_the_tokenizer_is_of_the_class_that_the_pipeline_names(
+    tiny_engines: Path, tmp_path: Path, tiny_style: Path
+) -> None:
+    from transformers import CLIPTokenizerFast
+
+    folder, token = tmp_path / "engines", style_files.load(tiny_style)
+    shutil.copytree(tiny_engines, folder)
+    CLIPTokenizerFast.from_pretrained(str(folder / "tokenizer")).save_pretrained(str(folder / "tokenizer"))
+    index = json.loads((folder / "model_index.json").read_text())
+    wanted = EnginePipeline.open(folder, "cpu").embed(PROMPTS, token)
+    index["tokenizer"][1] = "CLIPTokenizerFast"
+    (folder / "model_index.json").write_text(json.dumps(index))
+    assert np.array_equal(EnginePipeline.open(folder, "cpu").embed(PROMPTS, token), wanted)
+    index["tokenizer"][1] = "T5Tokenizer"
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(EngineError, match="cannot read the tokenizer"):
+        EnginePipeline.open(folder, "cpu")
 
 
 def test_external_weights_stay_where_they_are(tiny_engines: Path, tmp_path: Path, tiny_style: Path) -> None:

@@ -159,6 +159,17 @@ def test_the_commands_end_to_end(
     assert code == 0 and (json.loads(out)["written"], json.loads(out)["skipped"]) == (0, 4)
 
 
+def test_classes_come_from_the_photos_and_their_words_file(tiny_engines: Path, tmp_path: Path) -> None:
+    for name in ("red_fox", "7"):
+        (tmp_path / "real" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8), "red").save(tmp_path / "real" / name / "a.png")
+    (tmp_path / "real" / "classes.toml").write_text('"7" = "digit seven"\n')
+    flags = ["--real-dir", tmp_path / "real", "--engines", tiny_engines, "--dry-run", "--json"]
+    code, out, _ = run("--workspace", tmp_path / "w", "generate", *flags)
+    assert code == 0
+    assert json.loads(out)["config"]["classes"] == {"7": "digit seven", "red_fox": "red fox"}
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -97,7 +97,12 @@ def _from_hub(hub_id: str, download: bool) -> Path:
             hub_id, allow_patterns=patterns, ignore_patterns=skipped, local_files_only=not download
         )
     except (OSError, ValueError) as error:  # the hub's own errors derive from these two
-        reason = " ".join(str(error).split())[:160]
+        if not download:
+            raise ModelError(
+                f"the hub model {hub_id!r} is not on this machine yet; build-engines fetches it "
+                "when it runs without --dry-run, or give a local diffusers folder with --model DIR"
+            ) from None
+        reason = " ".join(str(error).split()).split(". ")[0]
         raise ModelError(
             f"cannot fetch {hub_id!r} from the hub ({type(error).__name__}: {reason}); on a machine without "
             "network, copy the model's diffusers folder here and give it with --model DIR"

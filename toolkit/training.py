@@ -1,0 +1,205 @@
+"""fit(): the one training loop, used by every stage that trains a student.
+
+    uint8 images ──batch──► augment ──► Mixup ──► model ──► cross-entropy ──► AdamW, one-cycle schedule
+
+Counted in gradient steps, not epochs, so that compared methods get the same number of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup
+from timm.optim import create_optimizer_v2
+from tqdm import tqdm
+
+from synthkit.checkpoints import load_checkpoint, save_checkpoint, step_generator
+from synthkit.images import ImageSet, Preprocessing
+from synthkit.students import Student, to_unit_range
+
+# Decoded sets below this many bytes stay in memory; larger ones are decoded batch by batch.
+_IN_MEMORY = 2 << 30
+_CHECKPOINT_EVERY = 200
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How `fit` trains.
+
+    Attributes:
+        steps: gradient steps.
+        lr: peak learning rate.
+        batch_size: images per step; a smaller set is repeated within a batch with other augmentations.
+        weight_decay: AdamW's.
+        mixup: alpha of Mixup (Zhang et al. 2018); 0: off.
+        smoothing: label smoothing.
+        frozen_statistics: BatchNorm and dropout in eval mode, as last-layer adaptation needs.
+        seed: of order, augmentation and Mixup.
+    """
+
+    steps: int
+    lr: float
+    batch_size: int = 64
+    weight_decay: float = 0.02
+    mixup: float = 0.0
+    smoothing: float = 0.1
+    frozen_statistics: bool = False
+    seed: int = 0
+
+
+class Examples:
+    """Labelled images at a student's size, decoded once where memory allows.
+
+    Args:
+        images: the files.
+        preprocessing: the student's.
+    """
+
+    def __init__(self, images: ImageSet, preprocessing: Preprocessing) -> None:
+        self.labels = torch.from_numpy(images.labels)
+        self._set, self._preprocessing = images, preprocessing
+        decoded = len(images) * int(np.prod(preprocessing.input_size))
+        self._pixels = images.load(preprocessing) if decoded <= _IN_MEMORY else None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def pixels(self, indices: np.ndarray) -> np.ndarray:
+        """uint8 [N, H, W, 3] of the images at the given positions."""
+        if self._pixels is not None:
+            return self._pixels[indices]
+        return self._set.subset(indices).load(self._preprocessing)
+
+    def all_pixels(self) -> np.ndarray:
+        """uint8 [N, H, W, 3] of all images."""
+        return self.pixels(np.arange(len(self)))
+
+
+def one_cycle(progress: float, warm_up: float = 0.05) -> float:
+    """Share of the peak learning rate: linear warm-up, then cosine decay to a hundredth.
+
+    Args:
+        progress: share of the steps that are done, 0..1.
+        warm_up: share of the steps that raise the rate.
+    """
+    if progress < warm_up:
+        return max(progress / warm_up, 0.01)
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (progress - warm_up) / (1 - warm_up)))
+
+
+def fit(
+    student: Student,
+    examples: Examples,
+    settings: FitSettings,
+    *,
+    label: str = "train",
+    checkpoint: Path | None = None,
+    watch: tuple[int, Callable[[int], None]] | None = None,
+) -> None:
+    """Train the parameters of a student that require gradients, in place.
+
+    Args:
+        student: what is trained.
+        examples: what it learns from.
+        settings: how.
+        label: what the progress bar says.
+        checkpoint: file that lets an interrupted run go on.
+        watch: (n, call) calls with the number of steps done after every n steps, and before the first.
+    """
+    parameters = [parameter for parameter in student.model.parameters() if parameter.requires_grad]
+    optimizer = create_optimizer_v2(
+        torch.nn.ParameterList(parameters), opt="adamw", lr=settings.lr, weight_decay=settings.weight_decay
+    )
+    modules = {"student": student.model}
+    start = load_checkpoint(checkpoint, modules, optimizer) if checkpoint else 0
+    mixup = _mixup(settings, len(student.classes))
+    order = _order(len(examples), settings)
+    if watch and not start:
+        watch[1](0)
+    for step in tqdm(range(settings.steps), label, disable=None if settings.steps > 20 else True, leave=False):
+        picked = next(order)
+        if step < start:
+            continue
+        student.model.train(not settings.frozen_statistics)
+        images, targets = _batch(student, examples, picked, step, settings, mixup)
+        loss = F.cross_entropy(student.model(images), targets)
+        for group in optimizer.param_groups:
+            group["lr"] = settings.lr * one_cycle(step / settings.steps)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if checkpoint and (step + 1) % _CHECKPOINT_EVERY == 0:
+            save_checkpoint(checkpoint, step + 1, modules, optimizer)
+        if watch and (step + 1) % watch[0] == 0:
+            watch[1](step + 1)
+    student.model.eval()
+
+
+def _mixup(settings: FitSettings, classes: int) -> Mixup | None:
+    if not settings.mixup:
+        return None
+    return Mixup(mixup_alpha=settings.mixup, label_smoothing=settings.smoothing, num_classes=classes)
+
+
+def _order(count: int, settings: FitSettings) -> Iterator[np.ndarray]:
+    """Batches of positions: every image once before any image twice."""
+    rng = np.random.default_rng(settings.seed)
+    queue = np.empty(0, np.int64)
+    while True:
+        while len(queue) < settings.batch_size:
+            queue = np.concatenate([queue, rng.permutation(count)])
+        yield queue[: settings.batch_size]
+        queue = queue[settings.batch_size :]
+
+
+def _batch(
+    student: Student,
+    examples: Examples,
+    picked: np.ndarray,
+    step: int,
+    settings: FitSettings,
+    mixup: Mixup | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Augmented, normalised images [B, 3, H, W] and soft targets [B, classes] of one step."""
+    generator = step_generator(settings.seed, step)
+    images = student.normalise(augment(to_unit_range(examples.pixels(picked)), generator))
+    labels = examples.labels[picked]
+    if mixup:
+        np.random.seed((settings.seed * 7919 + step) % (1 << 32))  # timm's Mixup draws from NumPy's global state
+        mixed: tuple[torch.Tensor, torch.Tensor] = mixup(images, labels)
+        return mixed
+    targets = F.one_hot(labels, len(student.classes)).float()
+    return images, targets * (1 - settings.smoothing) + settings.smoothing / len(student.classes)
+
+
+def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Random geometry and light, each image its own, on the whole batch at once.
+
+    No mirroring: digits, letters and arrows change their meaning.
+
+    Args:
+        images: float32 [N, 3, H, W] in 0..1.
+        generator: source of the randomness.
+    """
+    count = len(images)
+
+    def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
+        return low + (high - low) * torch.rand((count, *shape), generator=generator)
+
+    angle, shear = uniform(-0.2, 0.2), uniform(-0.15, 0.15)
+    scale = torch.exp(uniform(-0.22, 0.22, 2))
+    rotation = torch.stack([angle.cos(), -angle.sin() + shear, angle.sin(), angle.cos()], 1).view(-1, 2, 2)
+    theta = torch.cat([rotation * scale[:, None, :], uniform(-0.15, 0.15, 2, 1)], 2)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    images = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+    grey = images.mean((1, 2, 3), keepdim=True)
+    images = (images - grey) * uniform(0.6, 1.4, 1, 1, 1) + grey + uniform(-0.15, 0.15, 1, 1, 1)
+    images = images * uniform(0.85, 1.15, 3, 1, 1)
+    noise = torch.randn(images.shape, generator=generator) * uniform(0.0, 0.06, 1, 1, 1)
+    return (images + noise).clamp(0, 1)
