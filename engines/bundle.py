@@ -38,7 +38,7 @@ _GOLDEN_AT_MOST = 8
 # Another processor sums in another order and may fuse multiply and add: about 1e-6 of the largest logit in
 # fp32. A wrong weight, label order or normalisation shows at 1e-2 and more.
 _GOLDEN_TOLERANCE = 1e-3
-_MADE_ON_THE_DEVICE = (".plan", ".engine")
+_MADE_BY_USE = (".plan", ".engine", ".pyc")  # of build_engine.sh, and of importing predict.py
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ def _file_failures(folder: Path, facts: Mapping[str, Any]) -> list[str]:
     present = {
         name: entry
         for name, entry in list_outputs(folder).items()
-        if name not in (FACTS, MANIFEST) and not name.endswith(_MADE_ON_THE_DEVICE)
+        if name not in (FACTS, MANIFEST) and not name.endswith(_MADE_BY_USE)
     }
     return [
         f"{name} is missing" if name not in present else f"{name} was altered"

@@ -32,7 +32,7 @@ def evaluate_bundle(bundle: Bundle, test_dir: Path, skip_bad: bool = False) -> d
     started = time.perf_counter()
     images = ImageSet.scan(test_dir, skip_bad).with_classes(bundle.labels)
     trained_on = bundle.facts["lineage"].get("trained_on", [])
-    known = dict.fromkeys(trained_on, "a photo that the bundle was trained on")
+    known = dict.fromkeys(trained_on, "trained on")
     refuse_shared(images, known, ("the training photos", str(test_dir)))
     measured = _measured(_predicted(bundle, images), images)
     return {**measured, "seconds": round(time.perf_counter() - started, 3)}

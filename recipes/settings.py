@@ -32,7 +32,7 @@ class StyleSettings:
     init_word: str = setting("photo", "word whose embedding the token starts from")
     steps: int = setting(300, "training steps", minimum=1)
     lr: float = setting(0.02, "learning rate of the embedding", minimum=0)
-    batch_size: int = setting(32, "noised latents per step", flag="batch-size", minimum=1)
+    batch_size: int = setting(32, "noised latents per step", minimum=1)
     checkpoint_every: int = setting(50, "steps between two checkpoints", minimum=1)
     seed: int = setting(0, "seed of noise, timesteps and order", minimum=0)
 
@@ -73,3 +73,13 @@ class AdaptSettings:
     adapt_steps: int = setting(200, "gradient steps at the most", minimum=1)
     adapt_lr: float = setting(0.003, "peak learning rate", minimum=0)
     seed: int = setting(0, "seed of folds, order and augmentation", minimum=0)
+
+
+#: Recipe-file section -> its settings; the sections are the commands' names.
+SECTIONS: dict[str, type] = {
+    "build-engines": EngineSettings,
+    "learn-style": StyleSettings,
+    "generate": GenerateSettings,
+    "train": TrainSettings,
+    "adapt": AdaptSettings,
+}

@@ -15,6 +15,11 @@ def test_top1_and_per_class_leave_absent_classes_out() -> None:
     assert found == {"a": pytest.approx(2 / 3), "b": 1.0, "d": 0.0}
 
 
+def test_log_loss_survives_large_logits() -> None:
+    logits = np.array([[0.0, 0.0], [1000.0, 0.0], [0.0, np.log(3)]])
+    assert metrics.log_loss(logits, np.array([0, 0, 0])) == pytest.approx((np.log(2) + 0 + np.log(4)) / 3)
+
+
 def test_confusion_rows_are_the_true_classes() -> None:
     assert metrics.confusion(PREDICTED, LABELS, 4).tolist() == [
         [2, 1, 0, 0],

@@ -24,16 +24,15 @@ else:
 Settings = TypeVar("Settings")
 
 
-def setting(default: Any, help: str, *, flag: str | None = None, minimum: float | None = None) -> Any:
+def setting(default: Any, help: str, *, minimum: float | None = None) -> Any:
     """Field of a settings dataclass.
 
     Args:
         default: value when neither the recipe nor the command line gives one.
         help: one phrase for `--help`, with the unit.
-        flag: spelling on the command line when it is not the field's name.
         minimum: smallest value that makes sense.
     """
-    return dataclasses.field(default=default, metadata={"help": help, "flag": flag, "minimum": minimum})
+    return dataclasses.field(default=default, metadata={"help": help, "minimum": minimum})
 
 
 def read_toml(path: Path) -> dict[str, Any]:

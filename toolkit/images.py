@@ -271,7 +271,7 @@ def refuse_shared(images: ImageSet, known: Mapping[str, str], names: tuple[str, 
     Raises:
         DataError: names some of the shared files.
     """
-    shared = [f"{item.path} = {known[item.sha256]}" for item in images.items if item.sha256 in known]
+    shared = [f"{item.path} ({known[item.sha256]})" for item in images.items if item.sha256 in known]
     if shared:
         more = f" and {len(shared) - _NAMED_AT_MOST} more" if len(shared) > _NAMED_AT_MOST else ""
         raise DataError(

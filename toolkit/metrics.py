@@ -16,6 +16,18 @@ def top1(predicted: np.ndarray, labels: np.ndarray) -> float:
     return float(np.mean(predicted == labels))
 
 
+def log_loss(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Mean negative log-likelihood in nats of the right classes.
+
+    Args:
+        logits: float [N, classes].
+        labels: class indices [N].
+    """
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    log_likelihood = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return float(-log_likelihood[np.arange(len(labels)), labels].mean())
+
+
 def confusion(predicted: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
     """Counts [classes, classes]: row = true class, column = predicted class."""
     matrix = np.zeros((classes, classes), dtype=np.int64)

@@ -154,6 +154,8 @@ def new_student(
     preprocessing = Preprocessing.from_timm(data_config)
     if image_size:
         preprocessing = replace(preprocessing, input_size=(3, image_size, image_size), crop_pct=1.0)
+    if not weights and not pretrained:  # nothing was learned from crops: keep all of a picture in view
+        preprocessing = replace(preprocessing, crop_pct=1.0, crop_mode="squash")
     return Student(model, name, _sized(name, model_args, image_size), tuple(classes), preprocessing)
 
 
@@ -197,7 +199,7 @@ def _load_body(model: torch.nn.Module, weights: Path, name: str) -> None:
     own = model.state_dict()
     head = {f"{key}." for key, module in model.named_modules() if module is model.get_classifier()}
     body = {key: value for key, value in state.items() if not key.startswith(tuple(head))}
-    missing = [key for key in own if key not in body and not key.startswith(tuple(head))]
+    missing = [key for key in own if key not in body and not key.startswith(tuple(head)) and not _counts(key)]
     wrong = [key for key, value in body.items() if key not in own or own[key].shape != value.shape]
     if missing or wrong:
         raise ModelError(
@@ -205,6 +207,11 @@ def _load_body(model: torch.nn.Module, weights: Path, name: str) -> None:
             f"(for example {(missing + wrong)[0]}); name the architecture it belongs to with --student"
         )
     model.load_state_dict(body, strict=False)
+
+
+def _counts(key: str) -> bool:
+    """Whether a tensor only counts BatchNorm's batches, which many published weights leave out."""
+    return key.endswith(".num_batches_tracked")
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -217,6 +224,16 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"cannot read weights from {path}: {error}; give a .safetensors file") from None
+
+
+def _load_whole(model: torch.nn.Module, path: Path, name: str) -> None:
+    try:
+        found = model.load_state_dict(read_weights(path), strict=False)
+    except RuntimeError as error:
+        raise ModelError(f"{path} does not fit {name}: {' '.join(str(error).split())[:200]}") from None
+    wrong = [key for key in (*found.missing_keys, *found.unexpected_keys) if not _counts(key)]
+    if wrong:
+        raise ModelError(f"{path} does not fit {name}: {len(wrong)} tensors differ, for example {wrong[0]}")
 
 
 def load_student(folder: Path) -> Student:
@@ -233,10 +250,7 @@ def load_student(folder: Path) -> Student:
     if not timm.is_model(name):
         raise ModelError(f"{folder} asks for a student {name!r} that timm does not know")
     model = timm.create_model(name, num_classes=len(classes), **model_args)
-    try:
-        model.load_state_dict(read_weights(folder / WEIGHTS))
-    except RuntimeError as error:
-        raise ModelError(f"{folder / WEIGHTS} does not fit {name}: {str(error).splitlines()[0]}") from None
+    _load_whole(model, folder / WEIGHTS, name)
     data_config = timm.data.resolve_model_data_config(model)
     data_config |= {key: value for key, value in _pretrained_config(config).items() if key in data_config}
     return Student(model, name, model_args, tuple(classes), Preprocessing.from_timm(data_config))

@@ -41,6 +41,7 @@ class FitSettings:
         smoothing: label smoothing.
         frozen_statistics: BatchNorm and dropout in eval mode, as last-layer adaptation needs.
         seed: of order, augmentation and Mixup.
+        stop: steps after which to stop on the schedule of all steps; None: all.
     """
 
     steps: int
@@ -51,6 +52,7 @@ class FitSettings:
     smoothing: float = 0.1
     frozen_statistics: bool = False
     seed: int = 0
+    stop: int | None = None
 
 
 class Examples:
@@ -59,13 +61,14 @@ class Examples:
     Args:
         images: the files.
         preprocessing: the student's.
+        pixels: the decoded images, where they are there already.
     """
 
-    def __init__(self, images: ImageSet, preprocessing: Preprocessing) -> None:
+    def __init__(self, images: ImageSet, preprocessing: Preprocessing, pixels: np.ndarray | None = None) -> None:
         self.labels = torch.from_numpy(images.labels)
         self._set, self._preprocessing = images, preprocessing
         decoded = len(images) * int(np.prod(preprocessing.input_size))
-        self._pixels = images.load(preprocessing) if decoded <= _IN_MEMORY else None
+        self._pixels = images.load(preprocessing) if pixels is None and decoded <= _IN_MEMORY else pixels
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -76,9 +79,10 @@ class Examples:
             return self._pixels[indices]
         return self._set.subset(indices).load(self._preprocessing)
 
-    def all_pixels(self) -> np.ndarray:
-        """uint8 [N, H, W, 3] of all images."""
-        return self.pixels(np.arange(len(self)))
+    def subset(self, indices: np.ndarray) -> Examples:
+        """The examples at the given positions."""
+        pixels = None if self._pixels is None else self._pixels[indices]
+        return Examples(self._set.subset(indices), self._preprocessing, pixels)
 
 
 def one_cycle(progress: float, warm_up: float = 0.05) -> float:
@@ -122,7 +126,8 @@ def fit(
     order = _order(len(examples), settings)
     if watch and not start:
         watch[1](0)
-    for step in tqdm(range(settings.steps), label, disable=None if settings.steps > 20 else True, leave=False):
+    stop = settings.steps if settings.stop is None else settings.stop
+    for step in tqdm(range(stop), label, disable=None, leave=False):
         picked = next(order)
         if step < start:
             continue

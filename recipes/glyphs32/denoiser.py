@@ -40,17 +40,17 @@ class Denoiser:
 
 
 def new_denoiser(tokenizer: CLIPTokenizerFast) -> Denoiser:
-    """Untrained networks: a UNet of 4 M parameters on 8x8x6 latents and a text encoder of two layers."""
+    """Untrained networks: a UNet of 2.5 M parameters on 8x8x6 latents and a text encoder of two layers."""
     unet = UNet2DConditionModel(
         sample_size=8,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
-        block_out_channels=(64, 128),
+        block_out_channels=(64, 96),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1,
         cross_attention_dim=WIDTH,
-        attention_head_dim=(2, 4),  # heads, as diffusers has it, of 32 channels each
+        attention_head_dim=(2, 3),  # heads, as diffusers has it, of 32 channels each
         norm_num_groups=16,
     )
     text_encoder = CLIPTextModel(

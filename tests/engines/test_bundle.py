@@ -88,8 +88,15 @@ def test_a_whole_bundle_opens_and_classifies(bundle: Path, tmp_path: Path) -> No
         opened.classify([paths[0], tmp_path / "bad.jpg"])
 
 
-def test_an_engine_built_on_the_device_may_lie_there(bundle: Path) -> None:
-    for name in ("model.plan", "model.engine", ".hidden", "manifest.json"):
+def test_what_using_a_bundle_leaves_behind_may_lie_there(bundle: Path) -> None:
+    (bundle / "__pycache__").mkdir()
+    for name in (
+        "model.plan",
+        "model.engine",
+        ".hidden",
+        "manifest.json",
+        "__pycache__/predict.cpython-310.pyc",
+    ):
         (bundle / name).write_text("")
     assert verify(bundle) == []
 

@@ -73,17 +73,6 @@ def test_the_heads_tensors_can_be_replaced_alone(exported: Exported, tmp_path: P
     assert facts.head["input"] in {name for node in model.graph.node for name in node.output}
 
 
-def test_equal_weights_get_a_tensor_each(tmp_path: Path) -> None:
-    model = tiny_student().model
-    with torch.no_grad():
-        model.get_classifier().bias.zero_()
-        model.layer1[0].bn1.bias.data = model.layer1[0].bn1.bias.data[:].zero_()
-    facts, _ = export_student(model, PREPROCESSING, noise(), tmp_path / "model.onnx", {})
-    graph = onnx.load(tmp_path / "model.onnx").graph
-    assert not any(node.op_type == "Identity" for node in graph.node)
-    assert sum(facts.head["bias"] in node.input for node in graph.node) == 1
-
-
 @pytest.mark.parametrize("name", ["mobilenetv3_small_050", "test_vit"])
 def test_other_kinds_of_students(tmp_path: Path, name: str) -> None:
     from dataclasses import replace
@@ -152,6 +141,19 @@ class Plain(torch.nn.Module):
 
     def get_classifier(self) -> torch.nn.Module:
         return self.head
+
+
+def test_equal_weights_get_a_tensor_each(tmp_path: Path) -> None:
+    model = Plain()
+    model.body = torch.nn.Sequential(model.body, torch.nn.Conv2d(8, 8, 1), torch.nn.Conv2d(8, 8, 1))
+    model.head = torch.nn.Linear(8, 8)
+    with torch.no_grad():
+        for layer in (model.body[1], model.body[2], model.head):
+            layer.bias.zero_()
+    facts, _ = export_student(model, PREPROCESSING, noise(), tmp_path / "model.onnx", {})
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    assert not any(node.op_type == "Identity" for node in graph.node)
+    assert sum(facts.head["bias"] in node.input for node in graph.node) == 1
 
 
 def test_a_refused_student_goes_to_the_other_exporter(

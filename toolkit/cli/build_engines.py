@@ -9,12 +9,11 @@ import click
 
 from synthkit.artifacts import stage_state, workspace_lock
 from synthkit.cli import options
-from synthkit.recipes.settings import EngineSettings
 
 
 @options.command("build-engines")
 @options.stage_options
-@options.settings_options(EngineSettings)
+@options.settings_options("build-engines")
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), help="Folder to write.  [default: WORKSPACE/engines]"
 )
@@ -24,7 +23,7 @@ def command(
     """Turn a diffusion model into engines, once per device, and prove that they compute the same."""
     from synthkit.recipes.build_engines import build_engines, build_engines_request, engine_list
 
-    settings = options.gather_settings({"engines": EngineSettings}, config, values, {})["engines"]
+    settings = options.gather_settings(config, values, "build-engines")["build-engines"]
     target = out or workspace / "engines"
     if dry_run:
         request = build_engines_request(settings, target)

@@ -10,12 +10,11 @@ import click
 from synthkit.artifacts import stage_state, workspace_lock
 from synthkit.cli import options
 from synthkit.errors import ConfigError
-from synthkit.recipes.settings import GenerateSettings
 
 
 @options.command("generate")
 @options.stage_options
-@options.settings_options(GenerateSettings)
+@options.settings_options("generate")
 @click.option("--real-dir", type=click.Path(path_type=Path), help="Class folders of the real photos.")
 @click.option("--classes", help="Class names, comma-separated, instead of --real-dir.")
 @click.option(
@@ -43,7 +42,7 @@ def command(
     from synthkit.models import prompt_words
     from synthkit.recipes.generate import generate, generate_request
 
-    settings = options.gather_settings({"generate": GenerateSettings}, config, values, {})["generate"]
+    settings = options.gather_settings(config, values, "generate")["generate"]
     engines_dir, target = engines or workspace / "engines", out or workspace / "synthetic"
     style_file = style or _workspace_style(workspace)
     names, own_words = _class_names(real_dir, classes)

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from synthkit.config import override, read_recipe
+from synthkit.recipes.settings import SECTIONS
 
 Function = Callable[..., Any]
 
@@ -82,30 +83,41 @@ def stage_options(function: Function) -> Function:
     return function
 
 
-def settings_options(
-    kind: type, prefix: str = "", skip: tuple[str, ...] = ()
-) -> Callable[[Function], Function]:
-    """Add one flag per field of a settings dataclass; None stands for "not given".
+def settings_options(*sections: str) -> Callable[[Function], Function]:
+    """Add a flag for every setting of the given sections; None stands for "not given".
 
-    Args:
-        kind: the dataclass.
-        prefix: put before a flag's name, for commands that take several stages' settings.
-        skip: fields that get no flag here.
+    A name that several of the sections have gets its section before it (`--style-steps`), but for the seed,
+    which is one for all.
     """
 
     def decorate(function: Function) -> Function:
-        types = typing.get_type_hints(kind)
-        for field in reversed(dataclasses.fields(kind)):
-            if field.name not in skip:
-                function = _option(field, types[field.name], prefix)(function)
+        made: set[str] = set()
+        for section, field in reversed(list(_fields(sections))):
+            name = _parameter(sections, section, field)
+            if name not in made:
+                function = _option(field, typing.get_type_hints(SECTIONS[section])[field.name], name)(function)
+            made.add(name)
         return function
 
     return decorate
 
 
-def _option(field: dataclasses.Field[Any], kind: Any, prefix: str) -> Callable[[Function], Function]:
-    flag = "--" + prefix + (field.metadata["flag"] or field.name).replace("_", "-")
-    name = (prefix + field.name).replace("-", "_")
+def _fields(sections: Sequence[str]) -> Iterator[tuple[str, dataclasses.Field[Any]]]:
+    for section in sections:
+        for field in dataclasses.fields(SECTIONS[section]):
+            yield section, field
+
+
+def _parameter(sections: Sequence[str], section: str, field: dataclasses.Field[Any]) -> str:
+    """Name of a setting's option, unique among the sections."""
+    owners = [one for one, other in _fields(sections) if other.name == field.name]
+    if len(owners) == 1 or field.name == "seed":
+        return field.name
+    return f"{section.removeprefix('learn-')}_{field.name}"
+
+
+def _option(field: dataclasses.Field[Any], kind: Any, name: str) -> Callable[[Function], Function]:
+    flag = "--" + name.replace("_", "-")
     help_text = f"{field.metadata['help']}  [default: {_shown(field.default)}]"
     if kind is bool:
         return click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=help_text)
@@ -125,20 +137,19 @@ def _click_type(kind: Any) -> Any:
     return members[0] if members else kind
 
 
-def gather_settings(
-    sections: Mapping[str, type], config: Path | None, options: Mapping[str, Any], prefixes: Mapping[str, str]
-) -> dict[str, Any]:
-    """Settings of several stages: defaults, then the recipe file, then the flags.
+def gather_settings(config: Path | None, options: Mapping[str, Any], *sections: str) -> dict[str, Any]:
+    """Settings of the given sections: defaults, then the recipe file, then the flags.
 
     Args:
-        sections: section name -> settings dataclass.
         config: recipe file, or None.
         options: what click parsed.
-        prefixes: section name -> prefix of its flags, where it has one.
+        sections: the sections that `settings_options` was given.
     """
-    settings = read_recipe(config, sections) if config else {name: kind() for name, kind in sections.items()}
-    for name, kind in sections.items():
-        prefix = prefixes.get(name, "").replace("-", "_")
-        given = {field.name: options.get(prefix + field.name) for field in dataclasses.fields(kind)}
-        settings[name] = override(settings[name], given)
+    settings = read_recipe(config, SECTIONS) if config else {name: SECTIONS[name]() for name in sections}
+    for section in sections:
+        given = {
+            field.name: options.get(_parameter(sections, section, field))
+            for field in dataclasses.fields(SECTIONS[section])
+        }
+        settings[section] = override(settings[section], given)
     return settings

@@ -1,0 +1,195 @@
+"""The whole chain in a workspace: `synthkit adapt` runs whichever stage is missing, then exports.
+
+    engines/ ─► style/ ─► synthetic/ ─► student/ ─► adapted/ ─► bundle/
+
+Each stage decides for itself whether its inputs have changed (see `synthkit.artifacts`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from synthkit.artifacts import Request, StageResult, read_manifest, stage_state
+from synthkit.images import ImageSet, class_words
+from synthkit.models import prompt_words, resolve_model
+from synthkit.recipes.adapt import adapt, adapt_request
+from synthkit.recipes.build_engines import base_model, build_engines, build_engines_request
+from synthkit.recipes.export import export_request, run_export
+from synthkit.recipes.generate import generate, generate_request
+from synthkit.recipes.learn_style import TOKEN_FILE, learn_style, learn_style_request
+from synthkit.recipes.settings import (
+    AdaptSettings,
+    EngineSettings,
+    GenerateSettings,
+    StyleSettings,
+    TrainSettings,
+)
+from synthkit.recipes.train import Material, train, train_request
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Where each stage writes.
+
+    Attributes:
+        root: the folder given with `--workspace`.
+    """
+
+    root: Path
+
+    @property
+    def engines(self) -> Path:
+        """Of `build-engines`."""
+        return self.root / "engines"
+
+    @property
+    def style(self) -> Path:
+        """Of `learn-style`."""
+        return self.root / "style"
+
+    @property
+    def synthetic(self) -> Path:
+        """Of `generate`."""
+        return self.root / "synthetic"
+
+    @property
+    def student(self) -> Path:
+        """Of `train`."""
+        return self.root / "student"
+
+    @property
+    def adapted(self) -> Path:
+        """Of `adapt`."""
+        return self.root / "adapted"
+
+    @property
+    def bundle(self) -> Path:
+        """Of `export`."""
+        return self.root / "bundle"
+
+
+@dataclass(frozen=True)
+class ChainSettings:
+    """The settings of every stage of the chain."""
+
+    engines: EngineSettings
+    style: StyleSettings
+    generate: GenerateSettings
+    train: TrainSettings
+    adapt: AdaptSettings
+
+
+def remembered_model(settings: EngineSettings, workspace: Workspace, asked_for: bool) -> EngineSettings:
+    """The settings of the workspace's engines where none were asked for, so that they are not rebuilt.
+
+    Args:
+        settings: defaults, recipe and flags.
+        workspace: may hold engines.
+        asked_for: whether the user gave any engine setting.
+    """
+    manifest = read_manifest(workspace.engines)
+    if asked_for or manifest is None:
+        return settings
+    return EngineSettings(
+        model=base_model(workspace.engines),
+        backend=manifest.config["backend"],
+        precision=manifest.config["precision"],
+        batch=manifest.metrics["batch"],
+        size=manifest.config["size"],
+        opset=manifest.config["opset"],
+    )
+
+
+def run_chain(
+    settings: ChainSettings,
+    workspace: Workspace,
+    photos: ImageSet,
+    *,
+    synth: bool = True,
+    student_dir: Path | None = None,
+    force: bool = False,
+) -> list[StageResult]:
+    """Make everything from engines to bundle that is not made yet.
+
+    Args:
+        settings: of all stages.
+        workspace: where they write.
+        photos: the real few shots.
+        synth: whether synthetic images are made and used.
+        student_dir: an already trained student, which replaces all stages before `adapt`.
+        force: adapt and export again even when nothing changed.
+
+    Returns:
+        The stages in order.
+    """
+    results = []
+    if synth and student_dir is None:
+        results = list(_synthetic_stages(settings, workspace, photos))
+        student_dir = workspace.student
+    adapted = adapt(settings.adapt, settings.train, student_dir, photos, workspace.adapted, force)
+    exported = run_export(workspace.adapted, workspace.bundle, photos, force)
+    return [*results, adapted, exported]
+
+
+def _synthetic_stages(settings: ChainSettings, workspace: Workspace, photos: ImageSet) -> Iterator[StageResult]:
+    words = words_for_prompts(settings.engines, photos)  # refuses undrawable classes before any work
+    yield build_engines(settings.engines, workspace.engines)
+    model = base_model(workspace.engines)
+    yield learn_style(settings.style, model, photos, words, workspace.style)
+    token = workspace.style / TOKEN_FILE
+    yield generate(settings.generate, workspace.engines, words, token, workspace.synthetic)
+    material = Material(ImageSet.scan(workspace.synthetic), photos)
+    yield train(settings.train, material, workspace.student)
+
+
+def words_for_prompts(settings: EngineSettings, photos: ImageSet) -> dict[str, str]:
+    """Class name -> words that the generator understands.
+
+    Raises:
+        ModelError: the generator is known not to draw a class.
+    """
+    own = class_words(photos.root, photos.classes)
+    return prompt_words(resolve_model(settings.model), photos.classes, own)
+
+
+def plan_chain(
+    settings: ChainSettings,
+    workspace: Workspace,
+    photos: ImageSet,
+    *,
+    synth: bool = True,
+    student_dir: Path | None = None,
+) -> dict[str, str]:
+    """Stage -> its state, without doing anything; what follows a stage that must run is to run as well."""
+    plan: dict[str, str] = {}
+    for stage in _requests(settings, workspace, photos, synth and student_dir is None, student_dir):
+        plan[stage.stage] = stage_state(stage)
+        if plan[stage.stage] != "unchanged":
+            break
+    order = ["build-engines", "learn-style", "generate", "train"] if synth and student_dir is None else []
+    for name in [*order, "adapt", "export"]:
+        plan.setdefault(name, "follows")
+    return plan
+
+
+def _requests(
+    settings: ChainSettings, workspace: Workspace, photos: ImageSet, synth: bool, student_dir: Path | None
+) -> Iterator[Request]:
+    """Each stage's request, made only once the stages before it are known to be there."""
+    if synth:
+        words = words_for_prompts(settings.engines, photos)
+        yield build_engines_request(settings.engines, workspace.engines)
+        model = base_model(workspace.engines)
+        yield learn_style_request(settings.style, model, photos, words, workspace.style)
+        token = workspace.style / TOKEN_FILE
+        yield generate_request(settings.generate, workspace.engines, words, token, workspace.synthetic)
+        material = Material(ImageSet.scan(workspace.synthetic), photos)
+        yield train_request(settings.train, material, workspace.student)
+        student_dir = workspace.student
+    yield adapt_request(settings.adapt, settings.train, student_dir, photos, workspace.adapted)
+    yield export_request(workspace.adapted, workspace.bundle, photos)
