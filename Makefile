@@ -25,7 +25,7 @@ lint: $(READY)  ## run ruff, mypy and the tests that hold the layout together
 	$(BIN)/python -m pytest tests/test_layers.py tests/test_house.py
 
 glyphs: $(READY)  ## train the bundled generator glyphs-32 from nothing (long; goes on after an interruption)
-	$(BIN)/python -m synthkit.recipes.glyphs32
+	$(BIN)/python -m synthkit.recipes.glyphs32 --out toolkit/models/glyphs-32
 
 env: $(READY)  ## make the environment and nothing else
 

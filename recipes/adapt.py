@@ -1,7 +1,7 @@
 """`adapt`: the student meets the site. Its last layers learn the real photos, by the path that suits them.
 
     student/synthetic/ ──┬─ unchanged ────────────────────────────────┐
-                         ├─ last 1, 2 or 4 units, head kept ──────────┼─ cross-validated on the photos ─► adapted/
+                         ├─ last 1, 2 or 4 units, head kept ──────────┼─ cross-validated on photos ─► adapted/
     student/ ────────────┴─ full: all layers, new head (bridged++) ───┘
 
 Hennicke et al. 2024 (arXiv 2405.03243) find the synthetic-to-real drop in the last layers, Li et al. 2024
@@ -23,7 +23,13 @@ from synthkit.errors import ConfigError, DataError, ModelError, nearest
 from synthkit.images import ImageSet, stratified_folds
 from synthkit.metrics import log_loss, top1
 from synthkit.recipes.settings import AdaptSettings, TrainSettings
-from synthkit.recipes.train import SYNTHETIC, Material, real_fit_settings, untrained_student
+from synthkit.recipes.train import (
+    SYNTHETIC,
+    Material,
+    real_fit_settings,
+    untrained_student,
+    weights_fingerprint,
+)
 
 if TYPE_CHECKING:
     from synthkit.students import Student
@@ -105,7 +111,7 @@ def adapt_request(
     if student_dir:
         inputs["student"] = fingerprint(student_dir)
     elif training.weights:
-        inputs["weights"] = fingerprint(Path(training.weights))
+        inputs["weights"] = weights_fingerprint(Path(training.weights))
     config = {"adapt": asdict(settings), "train": {**asdict(training), "weights": bool(training.weights)}}
     return Request(stage="adapt", out=out, inputs=inputs, config=config)
 
@@ -170,8 +176,8 @@ def choose_path(
 ) -> tuple[AdaptPath, int, str, list[Verdict]]:
     """The path to follow, its gradient steps, the reason, and what cross-validation said of each path.
 
-    The photos are dealt into folds; each path is followed on all folds but one and judged on the one. The path
-    with most held-out photos right is taken, the one with the higher likelihood where several are equal.
+    The photos are dealt into folds; each path is followed on all folds but one and judged on the one. The
+    path with most held-out photos right is taken, the one with the higher likelihood where several are equal.
     """
     candidates = _candidates(settings, start.knows_classes)
     if len(candidates) == 1:
@@ -190,9 +196,13 @@ def _candidates(settings: AdaptSettings, knows_classes: bool) -> list[AdaptPath]
     if settings.path != "auto":
         if settings.path not in PATHS:
             names = ", ".join(["auto", *PATHS])
-            raise ConfigError(f"no path {settings.path!r}{nearest(settings.path, PATHS)}; --path is one of {names}")
+            raise ConfigError(
+                f"no path {settings.path!r}{nearest(settings.path, PATHS)}; --path is one of {names}"
+            )
         if settings.layers != "auto" and settings.path != f"last-{settings.layers}":
-            raise ConfigError(f"--path {settings.path} and --layers {settings.layers} differ; give one of them")
+            raise ConfigError(
+                f"--path {settings.path} and --layers {settings.layers} differ; give one of them"
+            )
         return [PATHS[settings.path]]
     if settings.layers != "auto":
         return [PATHS[f"last-{settings.layers}"]]
@@ -228,7 +238,7 @@ def _judge(
     scored = [
         Verdict(path.name, steps, top1(logits.argmax(1), labels), log_loss(logits, labels))
         for steps, logits in sorted(seen.items())
-        if steps or path is UNCHANGED
+        if steps or len(seen) == 1  # a fresh start is no result, but where no step was asked for
     ]
     return max(scored, key=lambda verdict: (verdict.top1, -verdict.loss))
 

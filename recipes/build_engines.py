@@ -12,6 +12,7 @@ from typing import Any
 from synthkit.artifacts import Request, StageResult, read_manifest, run_stage
 from synthkit.engines.build import build_onnx, choose_backend
 from synthkit.engines.spec import parse_batch, read_geometry
+from synthkit.errors import EngineError
 from synthkit.models import model_fingerprint, resolve_model
 from synthkit.recipes.settings import EngineSettings
 
@@ -68,6 +69,17 @@ def build_engines(settings: EngineSettings, out: Path, force: bool = False) -> S
         return {**measured, "model": _resolvable(settings.model), "batch": settings.batch}
 
     return run_stage(request, produce, force=force)
+
+
+def existing_engines(folder: Path) -> Path:
+    """The engines folder, when there is one.
+
+    Raises:
+        EngineError: there is none.
+    """
+    if not folder.is_dir():
+        raise EngineError(f"no engines folder {folder}; make it with `synthkit build-engines`")
+    return folder
 
 
 def base_model(engines_dir: Path) -> str:

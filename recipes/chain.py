@@ -8,11 +8,13 @@ Each stage decides for itself whether its inputs have changed (see `synthkit.art
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from synthkit.artifacts import Request, StageResult, read_manifest, stage_state
+from synthkit.config import override
 from synthkit.images import ImageSet, class_words
 from synthkit.models import prompt_words, resolve_model
 from synthkit.recipes.adapt import adapt, adapt_request
@@ -84,18 +86,20 @@ class ChainSettings:
     adapt: AdaptSettings
 
 
-def remembered_model(settings: EngineSettings, workspace: Workspace, asked_for: bool) -> EngineSettings:
-    """The settings of the workspace's engines where none were asked for, so that they are not rebuilt.
+def remembered_model(
+    settings: EngineSettings, workspace: Workspace, flags: Mapping[str, Any]
+) -> EngineSettings:
+    """The settings of the workspace's engines where no model was asked for, so that they are not rebuilt.
 
     Args:
         settings: defaults, recipe and flags.
         workspace: may hold engines.
-        asked_for: whether the user gave any engine setting.
+        flags: engine setting -> what the command line gave, or None.
     """
-    manifest = read_manifest(workspace.engines)
-    if asked_for or manifest is None:
+    manifest, usual = read_manifest(workspace.engines), EngineSettings()
+    if manifest is None or flags.get("model") or settings.model != usual.model:
         return settings
-    return EngineSettings(
+    made = EngineSettings(
         model=base_model(workspace.engines),
         backend=manifest.config["backend"],
         precision=manifest.config["precision"],
@@ -103,6 +107,8 @@ def remembered_model(settings: EngineSettings, workspace: Workspace, asked_for: 
         size=manifest.config["size"],
         opset=manifest.config["opset"],
     )
+    asked_for = {name: value for name, value in asdict(settings).items() if value != getattr(usual, name)}
+    return override(made, asked_for | {name: value for name, value in flags.items() if value is not None})
 
 
 def run_chain(
@@ -136,7 +142,9 @@ def run_chain(
     return [*results, adapted, exported]
 
 
-def _synthetic_stages(settings: ChainSettings, workspace: Workspace, photos: ImageSet) -> Iterator[StageResult]:
+def _synthetic_stages(
+    settings: ChainSettings, workspace: Workspace, photos: ImageSet
+) -> Iterator[StageResult]:
     words = words_for_prompts(settings.engines, photos)  # refuses undrawable classes before any work
     yield build_engines(settings.engines, workspace.engines)
     model = base_model(workspace.engines)
@@ -147,14 +155,19 @@ def _synthetic_stages(settings: ChainSettings, workspace: Workspace, photos: Ima
     yield train(settings.train, material, workspace.student)
 
 
-def words_for_prompts(settings: EngineSettings, photos: ImageSet) -> dict[str, str]:
+def words_for_prompts(settings: EngineSettings, photos: ImageSet, *, download: bool = True) -> dict[str, str]:
     """Class name -> words that the generator understands.
+
+    Args:
+        settings: name the generator.
+        photos: their folder may hold the user's own words.
+        download: whether a hub model may be fetched to look at it.
 
     Raises:
         ModelError: the generator is known not to draw a class.
     """
     own = class_words(photos.root, photos.classes)
-    return prompt_words(resolve_model(settings.model), photos.classes, own)
+    return prompt_words(resolve_model(settings.model, download=download), photos.classes, own)
 
 
 def plan_chain(
@@ -182,7 +195,7 @@ def _requests(
 ) -> Iterator[Request]:
     """Each stage's request, made only once the stages before it are known to be there."""
     if synth:
-        words = words_for_prompts(settings.engines, photos)
+        words = words_for_prompts(settings.engines, photos, download=False)
         yield build_engines_request(settings.engines, workspace.engines)
         model = base_model(workspace.engines)
         yield learn_style_request(settings.style, model, photos, words, workspace.style)

@@ -55,11 +55,13 @@ class TrainSettings:
     student: str = setting("resnet10t", "timm model name")
     pretrained: bool = setting(False, "start from timm's hub weights")
     weights: str | None = setting(None, "start from a local weights file or timm folder")
-    image_size: int | None = setting(None, "student input in pixels; chosen: from weights or images", minimum=16)
+    image_size: int | None = setting(
+        None, "student input in pixels; chosen: from weights or images", minimum=16
+    )
     epochs: int = setting(20, "epochs over the synthetic images", minimum=1)
     real_steps: int = setting(150, "gradient steps over the real images", minimum=0)
     lr: float = setting(0.002, "peak learning rate", minimum=0)
-    batch_size: int = setting(64, "images per gradient step", minimum=1)
+    batch_size: int = setting(64, "images per gradient step", minimum=2)
     mixup: float = setting(0.2, "Mixup alpha of the synthetic stage; 0: off", minimum=0)
     seed: int = setting(0, "seed of initial weights, order and augmentation", minimum=0)
 
@@ -68,7 +70,9 @@ class TrainSettings:
 class AdaptSettings:
     """`adapt`: the last layers on the real photos."""
 
-    layers: Literal["auto", "1", "2", "4"] = setting("auto", "units to adapt: head, + last block, + last stage")
+    layers: Literal["auto", "1", "2", "4"] = setting(
+        "auto", "units to adapt: head, + last block, + last stage"
+    )
     path: str = setting("auto", "adaptation path; auto: chosen by cross-validation")
     adapt_steps: int = setting(200, "gradient steps at the most", minimum=1)
     adapt_lr: float = setting(0.003, "peak learning rate", minimum=0)

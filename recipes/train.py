@@ -72,12 +72,17 @@ def train_request(settings: TrainSettings, material: Material, out: Path) -> Req
     if material.photos:
         inputs["photos"] = material.photos.digest
     if settings.weights:
-        inputs["weights"] = _weights_fingerprint(Path(settings.weights))
+        inputs["weights"] = weights_fingerprint(Path(settings.weights))
     config = {name: value for name, value in asdict(settings).items() if name != "weights"}
     return Request(stage="train", out=out, inputs=inputs, config=config)
 
 
-def _weights_fingerprint(path: Path) -> str:
+def weights_fingerprint(path: Path) -> str:
+    """Digest of the weights that training starts from.
+
+    Raises:
+        ConfigError: there are none.
+    """
     if not path.exists():
         raise ConfigError(f"no weights {path}; give a timm folder or a .safetensors file with --weights")
     return fingerprint(path)
@@ -97,7 +102,11 @@ def train(settings: TrainSettings, material: Material, out: Path, force: bool = 
             real_stage(student, material.photos, settings)
         student.save(work)
         counts = {"n_synthetic": len(material.synthetic or ()), "n_real": len(material.photos or ())}
-        return {**counts, "synthetic_steps": steps, "real_steps": settings.real_steps if material.photos else 0}
+        return {
+            **counts,
+            "synthetic_steps": steps,
+            "real_steps": settings.real_steps if material.photos else 0,
+        }
 
     return run_stage(train_request(settings, material, out), produce, force=force)
 
@@ -149,7 +158,8 @@ def _natural_size(material: Material) -> int:
     from PIL import Image
 
     with Image.open(material.synthetic.items[0].path) as image:
-        return min(max(image.size), _LARGEST)
+        width, height = image.size
+    return int(min(max(width, height), _LARGEST))
 
 
 def synthetic_steps(settings: TrainSettings, material: Material) -> int:

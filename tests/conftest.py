@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.tiny_models import tiny_pipeline, write_token
+
+# Tiny networks are slower on several threads than on one, by far where other work shares the processors. Set
+# before torch is first imported; child processes inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

@@ -1,14 +1,19 @@
 """Small timm students with lively weights, and class folders of small images."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from synthkit.images import Preprocessing
+
+if TYPE_CHECKING:
+    from synthkit.students import Student
 
 CLASSES = ("Ærø brücke", "a dog", "Ω")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -20,6 +25,14 @@ class TinyStudent:
     model: Any
     preprocessing: Preprocessing
     classes: Sequence[str]
+
+
+def lively_student(seed: int = 0, classes: Sequence[str] = CLASSES, name: str = "test_resnet") -> Student:
+    """A synthkit student whose BatchNorm statistics and head are random, so that its logits prove something."""
+    from synthkit.students import Student
+
+    tiny = tiny_student(seed, classes, name)
+    return Student(tiny.model, name, {}, tuple(classes), PREPROCESSING)
 
 
 def tiny_student(seed: int = 0, classes: Sequence[str] = CLASSES, name: str = "test_resnet") -> TinyStudent:
@@ -48,6 +61,18 @@ def class_folders(root: Path, classes: Sequence[str] = CLASSES, each: int = 2, s
     for index, name in enumerate(classes):
         (root / name).mkdir(parents=True)
         for number, pixels in enumerate(noise(each, 40, seed * 100 + index)):
+            Image.fromarray(pixels).save(root / name / f"{number}.png")
+    return root
+
+
+def colour_folders(root: Path, classes: Sequence[str], each: int = 4, seed: int = 0, side: int = 32) -> Path:
+    """Images that a small student tells apart after a few steps: class i is bright in channel i, and noisy."""
+    rng = np.random.default_rng(seed)
+    for index, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for number in range(each):
+            pixels = rng.integers(0, 90, (side, side, 3), dtype=np.uint8)
+            pixels[..., index] += 140
             Image.fromarray(pixels).save(root / name / f"{number}.png")
     return root
 

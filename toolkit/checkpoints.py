@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
+
+from synthkit.artifacts import write_bytes
 
 _OPTIMIZER = "optimizer/"
 
@@ -31,9 +32,7 @@ def save_checkpoint(
     }
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"{_OPTIMIZER}{index}/{key}": value.contiguous() for key, value in state.items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    save_file(tensors, temporary, metadata={"step": str(step)})
-    temporary.replace(path)
+    write_bytes(path, save(tensors, metadata={"step": str(step)}))
 
 
 def load_checkpoint(

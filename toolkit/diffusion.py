@@ -63,7 +63,7 @@ def load_parts(model_dir: Path) -> DiffusionParts:
 
 def image_size(parts: DiffusionParts) -> int:
     """Side in pixels of the images that the model draws."""
-    return int(parts.unet.config.sample_size) * 2 ** (len(parts.vae.config.block_out_channels) - 1)
+    return int(parts.unet.config.sample_size) << (len(parts.vae.config.block_out_channels) - 1)
 
 
 def to_pixels(images: np.ndarray) -> torch.Tensor:

@@ -16,11 +16,11 @@ from typing import Any
 import timm
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from timm.models import group_parameters
 
-from synthkit.artifacts import write_json
-from synthkit.errors import ModelError, nearest
+from synthkit.artifacts import write_bytes, write_json
+from synthkit.errors import ConfigError, ModelError, nearest
 from synthkit.images import Preprocessing
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -50,9 +50,14 @@ class Student:
 
     @property
     def head(self) -> torch.nn.Module:
-        """The last layer."""
+        """The last layer.
+
+        Raises:
+            ModelError: the architecture has several heads, as distilled ones have.
+        """
         head = self.model.get_classifier()
-        assert isinstance(head, torch.nn.Module)
+        if not isinstance(head, torch.nn.Module):
+            raise ModelError(f"the student {self.architecture!r} has more than one head; use another student")
         return head
 
     def new_head(self, seed: int) -> None:
@@ -90,15 +95,17 @@ class Student:
         return [unit for unit in body if unit] + [names]
 
     def train_only_last(self, count: int) -> None:
-        """Freeze all but the parameters of the last units."""
-        last = {name for unit in self.units()[-count:] for name in unit}
+        """Freeze all but the parameters of the last units; 0 freezes all."""
+        units = self.units()
+        last = {name for unit in units[len(units) - min(count, len(units)) :] for name in unit}
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in last)
 
     def save(self, folder: Path) -> None:
         """Write timm's folder."""
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({key: value.contiguous() for key, value in self.model.state_dict().items()}, folder / WEIGHTS)
+        state = {key: value.contiguous() for key, value in self.model.state_dict().items()}
+        write_bytes(folder / WEIGHTS, save(state))
         data_config = self.preprocessing.to_json()
         write_json(
             folder / CONFIG,
@@ -108,7 +115,11 @@ class Student:
                 "num_features": self.model.num_features,
                 "model_args": dict(self.model_args),
                 "label_names": list(self.classes),
-                "pretrained_cfg": {**data_config, "num_classes": len(self.classes), "label_names": list(self.classes)},
+                "pretrained_cfg": {
+                    **data_config,
+                    "num_classes": len(self.classes),
+                    "label_names": list(self.classes),
+                },
             },
         )
 
@@ -139,9 +150,12 @@ def new_student(
 
     Raises:
         ModelError: the architecture is unknown, or its weights are absent or do not fit.
+        ConfigError: both kinds of weights were asked for.
     """
     if not timm.is_model(name):
         raise ModelError(f"timm knows no student {name!r}{nearest(name, timm.list_models())}")
+    if weights and pretrained:
+        raise ConfigError("--weights and --pretrained exclude each other; give one of them")
     config = _local_config(weights) if weights else {}
     model_args = dict(config.get("model_args") or {})
     with torch.random.fork_rng(devices=[]):
@@ -156,7 +170,9 @@ def new_student(
         preprocessing = replace(preprocessing, input_size=(3, image_size, image_size), crop_pct=1.0)
     if not weights and not pretrained:  # nothing was learned from crops: keep all of a picture in view
         preprocessing = replace(preprocessing, crop_pct=1.0, crop_mode="squash")
-    return Student(model, name, _sized(name, model_args, image_size), tuple(classes), preprocessing)
+    student = Student(model, name, _sized(name, model_args, image_size), tuple(classes), preprocessing)
+    _ = student.head  # refuses what has several heads before anything is trained
+    return student
 
 
 def _sized(name: str, model_args: Mapping[str, Any], image_size: int | None) -> dict[str, Any]:
@@ -203,8 +219,8 @@ def _load_body(model: torch.nn.Module, weights: Path, name: str) -> None:
     wrong = [key for key, value in body.items() if key not in own or own[key].shape != value.shape]
     if missing or wrong:
         raise ModelError(
-            f"{path} holds no weights of {name}: {len(missing)} tensors are missing and {len(wrong)} do not fit "
-            f"(for example {(missing + wrong)[0]}); name the architecture it belongs to with --student"
+            f"{path} holds no weights of {name}: {len(missing)} tensors are missing and {len(wrong)} do not "
+            f"fit (for example {(missing + wrong)[0]}); name the architecture it belongs to with --student"
         )
     model.load_state_dict(body, strict=False)
 

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from tqdm import tqdm
 
@@ -64,7 +63,9 @@ class Examples:
         pixels: the decoded images, where they are there already.
     """
 
-    def __init__(self, images: ImageSet, preprocessing: Preprocessing, pixels: np.ndarray | None = None) -> None:
+    def __init__(
+        self, images: ImageSet, preprocessing: Preprocessing, pixels: np.ndarray | None = None
+    ) -> None:
         self.labels = torch.from_numpy(images.labels)
         self._set, self._preprocessing = images, preprocessing
         decoded = len(images) * int(np.prod(preprocessing.input_size))
@@ -76,7 +77,7 @@ class Examples:
     def pixels(self, indices: np.ndarray) -> np.ndarray:
         """uint8 [N, H, W, 3] of the images at the given positions."""
         if self._pixels is not None:
-            return self._pixels[indices]
+            return np.asarray(self._pixels[indices])
         return self._set.subset(indices).load(self._preprocessing)
 
     def subset(self, indices: np.ndarray) -> Examples:
@@ -116,23 +117,24 @@ def fit(
         checkpoint: file that lets an interrupted run go on.
         watch: (n, call) calls with the number of steps done after every n steps, and before the first.
     """
+    if watch:
+        watch[1](0)
     parameters = [parameter for parameter in student.model.parameters() if parameter.requires_grad]
+    if not parameters:
+        return
     optimizer = create_optimizer_v2(
         torch.nn.ParameterList(parameters), opt="adamw", lr=settings.lr, weight_decay=settings.weight_decay
     )
     modules = {"student": student.model}
     start = load_checkpoint(checkpoint, modules, optimizer) if checkpoint else 0
-    mixup = _mixup(settings, len(student.classes))
     order = _order(len(examples), settings)
-    if watch and not start:
-        watch[1](0)
     stop = settings.steps if settings.stop is None else settings.stop
     for step in tqdm(range(stop), label, disable=None, leave=False):
         picked = next(order)
         if step < start:
             continue
         student.model.train(not settings.frozen_statistics)
-        images, targets = _batch(student, examples, picked, step, settings, mixup)
+        images, targets = _batch(student, examples, picked, step, settings)
         loss = F.cross_entropy(student.model(images), targets)
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * one_cycle(step / settings.steps)
@@ -144,12 +146,6 @@ def fit(
         if watch and (step + 1) % watch[0] == 0:
             watch[1](step + 1)
     student.model.eval()
-
-
-def _mixup(settings: FitSettings, classes: int) -> Mixup | None:
-    if not settings.mixup:
-        return None
-    return Mixup(mixup_alpha=settings.mixup, label_smoothing=settings.smoothing, num_classes=classes)
 
 
 def _order(count: int, settings: FitSettings) -> Iterator[np.ndarray]:
@@ -169,18 +165,31 @@ def _batch(
     picked: np.ndarray,
     step: int,
     settings: FitSettings,
-    mixup: Mixup | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Augmented, normalised images [B, 3, H, W] and soft targets [B, classes] of one step."""
     generator = step_generator(settings.seed, step)
     images = student.normalise(augment(to_unit_range(examples.pixels(picked)), generator))
-    labels = examples.labels[picked]
-    if mixup:
-        np.random.seed((settings.seed * 7919 + step) % (1 << 32))  # timm's Mixup draws from NumPy's global state
-        mixed: tuple[torch.Tensor, torch.Tensor] = mixup(images, labels)
-        return mixed
-    targets = F.one_hot(labels, len(student.classes)).float()
-    return images, targets * (1 - settings.smoothing) + settings.smoothing / len(student.classes)
+    targets = F.one_hot(examples.labels[picked], len(student.classes)).float()
+    targets = targets * (1 - settings.smoothing) + settings.smoothing / len(student.classes)
+    return mix(images, targets, settings.mixup, generator) if settings.mixup else (images, targets)
+
+
+def mix(
+    images: torch.Tensor, targets: torch.Tensor, alpha: float, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mixup: each image and its target fade into another's of the batch, all by the same share.
+
+    timm's own draws from NumPy's global state and takes even batches only.
+
+    Args:
+        images: float32 [B, 3, H, W].
+        targets: soft targets [B, classes].
+        alpha: of the Beta(alpha, alpha) that the share is drawn from.
+        generator: source of the randomness.
+    """
+    seed = int(torch.randint(1 << 62, (), generator=generator))
+    share = float(np.random.default_rng(seed).beta(alpha, alpha))
+    return images.lerp(images.flip(0), 1 - share), targets.lerp(targets.flip(0), 1 - share)
 
 
 def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The training images: rendered once, in shards, by all processors; a killed run goes on at the next shard."""
+"""The training images: rendered once, in shards, by all processors; a killed run goes on with the next."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def train_tokenizer(captions: Sequence[str], folder: Path) -> CLIPTokenizerFast:
     merges = [_pair(merge) for merge in json.loads(learned.to_str())["model"]["merges"]]
     # CLIP's order of ids: bytes, bytes that end a word, merges, the two marks.
     words = symbols + [symbol + _END_OF_WORD for symbol in symbols] + ["".join(merge) for merge in merges]
-    words = list(dict.fromkeys(words)) + ["<|startoftext|>", "<|endoftext|>"]
+    words = [*dict.fromkeys(words), "<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}), "utf-8")
     lines = ["#version: 0.2", *(" ".join(merge) for merge in merges)]

@@ -1,5 +1,6 @@
 """The command line's frame: help, one-line errors, exit codes, and one JSON object on stdout."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -165,32 +166,84 @@ def test_the_workspace_reaches_the_command(install: Install, tmp_path: Path) -> 
     assert json.loads(result.stdout) == {"workspace": str(tmp_path / "mine")}
 
 
-def test_settings_become_flags(tmp_path: Path) -> None:
-    import dataclasses
+@pytest.fixture
+def kitchen(monkeypatch: pytest.MonkeyPatch) -> tuple[click.Command, dict[str, Any]]:
+    """A command of two stages that share names, and what it was last called with."""
 
     @dataclasses.dataclass(frozen=True)
     class Cook:
         minutes: int = setting(10, "how long", minimum=1)
         stir: bool = setting(False, "whether to stir")
-        pot_size: int | None = setting(None, "which pot", flag="pot")
+        pot_size: int | None = setting(None, "which pot")
+        seed: int = setting(0, "of the salt")
 
+    @dataclasses.dataclass(frozen=True)
+    class Taste:
+        minutes: int = setting(1, "how long", minimum=1)
+        seed: int = setting(0, "of the mood")
+
+    for name, kind in (("learn-cook", Cook), ("taste", Taste)):
+        monkeypatch.setitem(options.SECTIONS, name, kind)
     seen: dict[str, Any] = {}
 
     @click.command()
-    @options.settings_options(Cook, prefix="slow-")
+    @options.settings_options("learn-cook", "taste")
     @click.option("--config", type=click.Path(path_type=Path))
     def cook(config: Path | None, **given: Any) -> None:
-        seen.update(options.gather_settings({"cook": Cook}, config, given, {"cook": "slow-"}))
+        gathered = options.gather_settings(config, given, "learn-cook", "taste")
+        seen.update({name: dataclasses.asdict(gathered[name]) for name in ("learn-cook", "taste")})
 
+    return cook, seen
+
+
+def test_settings_become_flags(kitchen: tuple[click.Command, dict[str, Any]], tmp_path: Path) -> None:
+    cook, seen = kitchen
     recipe = tmp_path / "r.toml"
-    recipe.write_text("[cook]\nminutes = 3\npot_size = 2\n")
-    done = CliRunner().invoke(cook, ["--config", str(recipe), "--slow-stir", "--slow-pot", "5"])
+    recipe.write_text("[learn-cook]\nminutes = 3\npot_size = 2\n[taste]\nseed = 4\n[train]\nepochs = 2\n")
+    done = CliRunner().invoke(
+        cook, ["--config", str(recipe), "--stir", "--pot-size", "5", "--taste-minutes", "7"]
+    )
     assert done.exit_code == 0, done.output
-    assert seen == {"cook": Cook(minutes=3, stir=True, pot_size=5)}
-    help_text = CliRunner().invoke(cook, ["--help"]).output
-    assert "--slow-stir / --no-slow-stir" in help_text
-    assert "[default: 10]" in help_text
+    assert seen["learn-cook"] == {"minutes": 3, "stir": True, "pot_size": 5, "seed": 0}
+    assert seen["taste"] == {"minutes": 7, "seed": 4}
+    CliRunner().invoke(cook, ["--cook-minutes", "8", "--seed", "9"])
+    assert (seen["learn-cook"]["minutes"], seen["taste"]["minutes"]) == (8, 1)
+    assert seen["learn-cook"]["seed"] == seen["taste"]["seed"] == 9, "one seed for all"
+
+
+def test_the_help_of_flags_tells_their_defaults(kitchen: tuple[click.Command, dict[str, Any]]) -> None:
+    help_text = CliRunner().invoke(kitchen[0], ["--help"]).output
+    assert "--stir / --no-stir" in help_text
+    assert help_text.count("--seed") == 1
+    assert "--cook-minutes" in help_text and "[default: 10]" in help_text
     assert "[default: chosen]" in help_text
+
+
+WHOLE_RECIPE = """
+[build-engines]
+precision = "fp32"
+[learn-style]
+steps = 7
+[generate]
+steps = 3
+[train]
+epochs = 2
+[adapt]
+layers = "2"
+"""
+
+
+def test_one_recipe_file_serves_every_stage(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(WHOLE_RECIPE)
+    for section, name, value in (
+        ("learn-style", "steps", 7),
+        ("train", "epochs", 2),
+        ("adapt", "layers", "2"),
+    ):
+        assert getattr(options.gather_settings(recipe, {}, section)[section], name) == value
+    every = options.gather_settings(recipe, {"style_steps": 5, "layers": "1"}, *options.SECTIONS)
+    assert (every["learn-style"].steps, every["generate"].steps, every["adapt"].layers) == (5, 3, "1")
 
 
 LIGHT = """

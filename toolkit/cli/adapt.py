@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,9 @@ _SECTIONS = ("adapt", "train", "generate", "learn-style", "build-engines")
 @options.settings_options(*_SECTIONS)
 @click.option("--no-synth", is_flag=True, help="Adapt a pretrained student on the photos alone.")
 @click.option("--skip-bad", is_flag=True, help="Leave unreadable files out instead of refusing the folder.")
-@click.option("--test-dir", type=click.Path(path_type=Path), help="Test images: measure the bundle at the end.")
+@click.option(
+    "--test-dir", type=click.Path(path_type=Path), help="Test images: measure the bundle at the end."
+)
 @click.option(
     "--real-dir", type=click.Path(path_type=Path), required=True, help="Class folders of the real photos."
 )
@@ -58,7 +61,9 @@ def command(
     how: dict[str, Any] = {"synth": not no_synth, "student_dir": student_dir}
     if dry_run:
         plan = plan_chain(settings, place, photos, **how)
-        return options.Output({"plan": plan}, "\n".join(f"{name:<14} {state}" for name, state in plan.items()))
+        return options.Output(
+            {"plan": plan}, "\n".join(f"{name:<14} {state}" for name, state in plan.items())
+        )
     with workspace_lock(workspace):
         results = run_chain(settings, place, photos, **how, force=force)
     return _answer(results, place, test_dir, skip_bad)
@@ -75,11 +80,13 @@ def _settings(
     if student_dir:
         values = {**values, "student": None}
     settings = options.gather_settings(config, values, *_SECTIONS)
-    engines = remembered_model(
-        settings["build-engines"], place, asked_for=settings["build-engines"] != EngineSettings()
-    )
+    flags = {field.name: values[field.name] for field in dataclasses.fields(EngineSettings)}
     chain = ChainSettings(
-        engines, settings["learn-style"], settings["generate"], settings["train"], settings["adapt"]
+        remembered_model(settings["build-engines"], place, flags),
+        settings["learn-style"],
+        settings["generate"],
+        settings["train"],
+        settings["adapt"],
     )
     return chain, student_dir
 

@@ -17,8 +17,12 @@ from synthkit.cli import options
     "--real-dir", type=click.Path(path_type=Path), required=True, help="Class folders of the real photos."
 )
 @click.option("--skip-bad", is_flag=True, help="Leave unreadable files out instead of refusing the folder.")
-@click.option("--engines", type=click.Path(path_type=Path), help="Engines folder  [default: WORKSPACE/engines]")
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder to write  [default: WORKSPACE/style]")
+@click.option(
+    "--engines", type=click.Path(path_type=Path), help="Engines folder  [default: WORKSPACE/engines]"
+)
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), help="Folder to write  [default: WORKSPACE/style]"
+)
 def command(
     workspace: Path,
     real_dir: Path,
@@ -38,12 +42,12 @@ def command(
     from synthkit.artifacts import stage_state, workspace_lock
     from synthkit.images import ImageSet, class_words
     from synthkit.models import prompt_words, resolve_model
-    from synthkit.recipes.build_engines import base_model
+    from synthkit.recipes.build_engines import base_model, existing_engines
     from synthkit.recipes.learn_style import learn_style, learn_style_request
 
     settings = options.gather_settings(config, values, "learn-style")["learn-style"]
     photos = ImageSet.scan(real_dir, skip_bad)
-    model = base_model(engines or workspace / "engines")
+    model = base_model(existing_engines(engines or workspace / "engines"))
     words = prompt_words(resolve_model(model), photos.classes, class_words(real_dir, photos.classes))
     target = out or workspace / "style"
     if dry_run:

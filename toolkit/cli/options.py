@@ -95,7 +95,9 @@ def settings_options(*sections: str) -> Callable[[Function], Function]:
         for section, field in reversed(list(_fields(sections))):
             name = _parameter(sections, section, field)
             if name not in made:
-                function = _option(field, typing.get_type_hints(SECTIONS[section])[field.name], name)(function)
+                function = _option(field, typing.get_type_hints(SECTIONS[section])[field.name], name)(
+                    function
+                )
             made.add(name)
         return function
 

@@ -14,12 +14,16 @@ from synthkit.cli import options
 @options.stage_options
 @options.settings_options("train")
 @click.option(
-    "--synth-dir", type=click.Path(path_type=Path), help="Synthetic set  [default: WORKSPACE/synthetic, if any]"
+    "--synth-dir",
+    type=click.Path(path_type=Path),
+    help="Synthetic set  [default: WORKSPACE/synthetic, if any]",
 )
 @click.option("--no-synth", is_flag=True, help="Leave synthetic images out.")
 @click.option("--real-dir", type=click.Path(path_type=Path), help="Class folders of the real photos.")
 @click.option("--skip-bad", is_flag=True, help="Leave unreadable files out instead of refusing the folder.")
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder to write  [default: WORKSPACE/student]")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), help="Folder to write  [default: WORKSPACE/student]"
+)
 def command(
     workspace: Path,
     synth_dir: Path | None,
@@ -55,7 +59,8 @@ def command(
         result = train(settings, material, target, force)
     metrics = result.manifest.metrics
     text = (
-        f"{settings.student} in {target}: {metrics['synthetic_steps']} steps on {metrics['n_synthetic']} synthetic, "
+        f"{settings.student} in {target}: "
+        f"{metrics['synthetic_steps']} steps on {metrics['n_synthetic']} synthetic, "
         f"{metrics['real_steps']} on {metrics['n_real']} real images"
     )
     data = {"out": target, "skipped": result.skipped, **metrics}
