@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from synthkit.artifacts import Request, StageResult, fingerprint, run_stage
+from synthkit.artifacts import Request, StageResult, fingerprint, read_manifest, run_stage
 from synthkit.errors import ConfigError, DataError, ModelError, nearest
 from synthkit.images import ImageSet, stratified_folds
 from synthkit.metrics import log_loss, top1
@@ -70,7 +70,7 @@ class Start:
     Attributes:
         student: trained on synthetic images, or fresh from pretrained weights.
         knows_classes: whether its head was trained on these very classes.
-        full: the same student after all layers learned the photos, where `train` has made it.
+        full: the same student after all layers learned these very photos, where `train` has made it.
     """
 
     student: Student
@@ -104,7 +104,7 @@ def adapt_request(
         ConfigError: `--path` names no path, or contradicts `--layers`.
         ModelError: there is no student's folder.
     """
-    _candidates(settings, knows_classes=True)
+    _candidates(settings, knows_classes=student_dir is not None)
     if student_dir and not student_dir.is_dir():
         raise ModelError(f"no student in {student_dir}; give a timm folder, or run `synthkit train` first")
     inputs = {"photos": photos.digest}
@@ -145,7 +145,7 @@ def adapt(
         examples = Examples(photos.with_classes(start.student.classes), start.student.preprocessing)
         path, steps, reason, verdicts = choose_path(start, examples, settings, training)
         log.info("adapt: %s, %s", path.name, reason)
-        if path is FULL and start.full:
+        if path is FULL and start.full and steps == training.real_steps:
             student = start.full
         else:
             student = _follow(path, start, examples, settings, training, stop=steps)
@@ -168,7 +168,9 @@ def _start(student_dir: Path | None, training: TrainSettings, photos: ImageSet) 
             f"the student in {student_dir} knows the classes {', '.join(student.classes)}, the photos show "
             f"{', '.join(photos.classes)}; train a student on these classes"
         )
-    return Start(student, True, load_student(student_dir) if synthetic.is_dir() else None)
+    manifest = read_manifest(student_dir)
+    learned = synthetic.is_dir() and manifest is not None and manifest.inputs.get("photos") == photos.digest
+    return Start(student, True, load_student(student_dir) if learned else None)
 
 
 def choose_path(
@@ -202,6 +204,11 @@ def _candidates(settings: AdaptSettings, knows_classes: bool) -> list[AdaptPath]
         if settings.layers != "auto" and settings.path != f"last-{settings.layers}":
             raise ConfigError(
                 f"--path {settings.path} and --layers {settings.layers} differ; give one of them"
+            )
+        if settings.path == UNCHANGED.name and not knows_classes:
+            raise ConfigError(
+                "--path unchanged needs a student that was trained on these classes; leave out --no-synth, "
+                "or name such a student's folder with --student"
             )
         return [PATHS[settings.path]]
     if settings.layers != "auto":

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("safetensors.torch")
+
+import torch
 
 from synthkit.checkpoints import load_checkpoint, save_checkpoint, step_generator
 

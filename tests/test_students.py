@@ -196,7 +196,10 @@ def test_hub_weights_that_cannot_be_fetched_name_the_ways_out(monkeypatch: pytes
     ("edit", "message"),
     [
         (lambda config: config.pop("architecture"), "is no student"),
-        (lambda config: (config.pop("label_names"), config["pretrained_cfg"].pop("label_names")), "no student"),
+        (
+            lambda config: (config.pop("label_names"), config["pretrained_cfg"].pop("label_names")),
+            "no student",
+        ),
         (lambda config: config.update(architecture="nonsense"), "'nonsense' that timm does not know"),
         (lambda config: config.update(label_names=["a", "b"]), "does not fit test_resnet"),
         (lambda config: config.update(architecture="test_vit"), "does not fit test_vit"),

@@ -187,7 +187,7 @@ def test_augmentation_keeps_shape_and_range_and_is_each_image_s_own() -> None:
     one = torch.rand((1, 3, 16, 16), generator=generator(1))
     found = augment(one.expand(5, -1, -1, -1), generator())
     assert found.shape == (5, 3, 16, 16) and found.dtype == torch.float32
-    assert 0 <= found.min() and found.max() <= 1 and torch.isfinite(found).all()
+    assert found.min() >= 0 and found.max() <= 1 and torch.isfinite(found).all()
     assert all(not torch.allclose(found[i], found[j], atol=0.01) for i in range(5) for j in range(i))
     assert torch.equal(found, augment(one.expand(5, -1, -1, -1), generator()))
 

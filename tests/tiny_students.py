@@ -28,7 +28,7 @@ class TinyStudent:
 
 
 def lively_student(seed: int = 0, classes: Sequence[str] = CLASSES, name: str = "test_resnet") -> Student:
-    """A synthkit student whose BatchNorm statistics and head are random, so that its logits prove something."""
+    """A synthkit student with random BatchNorm statistics and head: its logits prove something."""
     from synthkit.students import Student
 
     tiny = tiny_student(seed, classes, name)
@@ -66,7 +66,7 @@ def class_folders(root: Path, classes: Sequence[str] = CLASSES, each: int = 2, s
 
 
 def colour_folders(root: Path, classes: Sequence[str], each: int = 4, seed: int = 0, side: int = 32) -> Path:
-    """Images that a small student tells apart after a few steps: class i is bright in channel i, and noisy."""
+    """Noisy images, class i bright in channel i: a small student tells them apart after a few steps."""
     rng = np.random.default_rng(seed)
     for index, name in enumerate(classes):
         (root / name).mkdir(parents=True)

@@ -49,7 +49,7 @@ def train_glyphs(settings: GlyphSettings, out: Path, remarks: str = "") -> None:
     tokenizer = train_tokenizer(data.captions, work / "tokenizer")
     vae = train_autoencoder(data.images, work, settings.vae_steps)
     latents = _latents(vae, data.images, work / "latents.npy")
-    parts = train_denoiser(latents, data.captions, tokenizer, work, settings.unet_steps)
+    parts = train_denoiser(latents, data.captions, data.symbols, tokenizer, work, settings.unet_steps)
     write_model(parts, vae, work / "tokenizer", out, {**asdict(settings), "remarks": remarks})
     shutil.rmtree(work)
 

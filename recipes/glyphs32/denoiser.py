@@ -10,15 +10,13 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from timm.utils import ModelEmaV3
 from tqdm import trange
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
+from transformers import CLIPTokenizerFast
 
 from synthkit.checkpoints import load_checkpoint, save_checkpoint, step_generator
 from synthkit.diffusion import DiffusionParts, noise_prediction_loss, token_ids
 from synthkit.recipes.glyphs32.autoencoder import LATENT_CHANNELS
-from synthkit.recipes.glyphs32.tokenizer import CONTEXT
+from synthkit.recipes.glyphs32.text_encoder import WIDTH, new_text_encoder, teach_to_read
 from synthkit.training import one_cycle
-
-WIDTH = 96  # of the text embeddings
 
 # Share of images that are trained without a caption, which classifier-free guidance needs.
 _NO_CAPTION = 0.1
@@ -53,20 +51,7 @@ def new_denoiser(tokenizer: CLIPTokenizerFast) -> Denoiser:
         attention_head_dim=(2, 3),  # heads, as diffusers has it, of 32 channels each
         norm_num_groups=16,
     )
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=WIDTH,
-            intermediate_size=4 * WIDTH,
-            num_hidden_layers=2,
-            num_attention_heads=3,
-            max_position_embeddings=CONTEXT,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    networks = torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
+    networks = torch.nn.ModuleDict({"unet": unet, "text_encoder": new_text_encoder(tokenizer)})
     return Denoiser(networks, tokenizer, DDPMScheduler.from_config(new_scheduler().config))
 
 
@@ -92,6 +77,7 @@ def new_scheduler() -> DDIMScheduler:
 def train_denoiser(
     latents: torch.Tensor,
     captions: Sequence[str],
+    symbols: Sequence[str],
     tokenizer: CLIPTokenizerFast,
     folder: Path,
     steps: int,
@@ -103,6 +89,7 @@ def train_denoiser(
     Args:
         latents: scaled latents [N, 6, 8, 8].
         captions: one sentence per latent.
+        symbols: the class of each latent.
         tokenizer: made from such captions.
         folder: where the checkpoint lies.
         steps: gradient steps.
@@ -119,6 +106,9 @@ def train_denoiser(
     checkpoint, modules = folder / "denoiser.safetensors", {"networks": denoiser.networks, "ema": ema.module}
     start = load_checkpoint(checkpoint, modules, optimizer)
     ids, nothing = token_ids(tokenizer, captions), token_ids(tokenizer, [""])[0]
+    if not start:
+        teach_to_read(denoiser.networks["text_encoder"], ids, symbols)
+        ema.module.load_state_dict(denoiser.networks.state_dict())
     bar = trange(start, steps, initial=start, total=steps, desc="denoiser", mininterval=2)
     for step in bar:
         generator = step_generator(2, step)

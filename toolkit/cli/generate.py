@@ -16,6 +16,7 @@ from synthkit.errors import ConfigError
 @options.stage_options
 @options.settings_options("generate")
 @click.option("--real-dir", type=click.Path(path_type=Path), help="Class folders of the real photos.")
+@click.option("--skip-bad", is_flag=True, help="Leave unreadable files out instead of refusing the folder.")
 @click.option("--classes", help="Class names, comma-separated, instead of --real-dir.")
 @click.option(
     "--style", type=click.Path(path_type=Path), help="Style token.  [default: the workspace's, if any]"
@@ -29,6 +30,7 @@ from synthkit.errors import ConfigError
 def command(
     workspace: Path,
     real_dir: Path | None,
+    skip_bad: bool,
     classes: str | None,
     style: Path | None,
     engines: Path | None,
@@ -45,7 +47,7 @@ def command(
     settings = options.gather_settings(config, values, "generate")["generate"]
     engines_dir, target = engines or workspace / "engines", out or workspace / "synthetic"
     style_file = style or _workspace_style(workspace)
-    names, own_words = _class_names(real_dir, classes)
+    names, own_words = _class_names(real_dir, skip_bad, classes)
     words = prompt_words(engines_dir, names, own_words)
     if dry_run:
         request = generate_request(settings, engines_dir, words, style_file, target)
@@ -65,14 +67,16 @@ def _workspace_style(workspace: Path) -> Path | None:
     return path if path.is_file() else None
 
 
-def _class_names(real_dir: Path | None, classes: str | None) -> tuple[list[str], dict[str, str]]:
+def _class_names(
+    real_dir: Path | None, skip_bad: bool, classes: str | None
+) -> tuple[list[str], dict[str, str]]:
     """Class names and the user's own words for them."""
     if (real_dir is None) == (classes is None):
         raise ConfigError("name the classes by either --real-dir DIR or --classes a,b,c")
     if real_dir is not None:
         from synthkit.images import ImageSet, class_words
 
-        names = list(ImageSet.scan(real_dir).classes)
+        names = list(ImageSet.scan(real_dir, skip_bad).classes)
         return names, class_words(real_dir, names)
     listed = [name.strip() for name in str(classes).split(",") if name.strip()]
     return list(dict.fromkeys(listed)), {}

@@ -1,0 +1,232 @@
+"""`synthkit adapt`: the whole chain from a few photos to a bundle, and nothing done twice."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+pytest.importorskip("diffusers")
+pytest.importorskip("onnxruntime")
+
+from PIL import Image
+
+from synthkit.cli import main
+from synthkit.engines.bundle import Bundle
+from synthkit.recipes.chain import Workspace, remembered_model
+from synthkit.recipes.settings import EngineSettings
+from synthkit.students import load_student, new_student
+from tests.tiny_students import colour_folders
+
+COLOURS = ("blue", "green", "red")
+STAGES = ["build-engines", "learn-style", "generate", "train", "adapt", "export"]
+QUICK = (
+    "--per-class 4 --style-steps 3 --init-word the --generate-steps 2 --epochs 1 --adapt-steps 4 "
+    "--real-steps 4 --train-batch-size 6 --style-batch-size 4 --student test_resnet"
+).split()
+
+
+@dataclass(frozen=True)
+class Site:
+    """A workspace with photos and a test set beside it."""
+
+    root: Path
+
+    @property
+    def workspace(self) -> Path:
+        return self.root / "w"
+
+    def call(self, *words: str | Path, photos: bool = True) -> Result:
+        folders = ["--real-dir", self.root / "few_shots"] if photos else []
+        arguments = ["--workspace", self.workspace, words[0], *folders, *words[1:]]
+        return CliRunner().invoke(main, [str(one) for one in arguments])
+
+    def adapt(self, *words: str | Path) -> dict[str, Any]:
+        result = self.call("adapt", *QUICK, *words, "--json")
+        assert result.exit_code == 0, result.stderr
+        return dict(json.loads(result.stdout))
+
+    def files(self) -> dict[str, int]:
+        """Path -> time of the last change of everything that the workspace holds."""
+        return {
+            str(path.relative_to(self.workspace)): path.stat().st_mtime_ns
+            for path in self.workspace.rglob("*")
+            if path.is_file()
+        }
+
+
+@pytest.fixture(scope="module")
+def first(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Site, dict[str, Any]]:
+    """A site where the chain has run, and what it answered."""
+    site = Site(tmp_path_factory.mktemp("site"))
+    colour_folders(site.root / "few_shots", COLOURS, each=2, seed=1)
+    colour_folders(site.root / "test", COLOURS, each=3, seed=2)
+    return site, site.adapt("--model", tiny_model, "--test-dir", site.root / "test")
+
+
+@pytest.fixture
+def site(first: tuple[Site, Any], tmp_path: Path) -> Site:
+    """A copy that a test may change."""
+    shutil.copytree(first[0].root, tmp_path / "site")
+    return Site(tmp_path / "site")
+
+
+def done(answer: dict[str, Any]) -> list[str]:
+    return [name for name, state in answer["stages"].items() if state == "done"]
+
+
+def test_the_chain_ends_in_a_bundle_that_predicts(first: tuple[Site, dict[str, Any]]) -> None:
+    site, answer = first
+    assert done(answer) == list(answer["stages"]) == STAGES
+    assert answer["n_test"] == 9 and 0 <= answer["top1"] <= 1 and set(answer["per_class"]) == set(COLOURS)
+    assert answer["seconds"] > 0 and answer["path"] and answer["reason"]
+    result = site.call("predict", site.root / "test" / "red" / "0.png", "--json", photos=False)
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["predictions"][0]["label"] in COLOURS
+    evaluated = site.call("evaluate", "--test-dir", site.root / "test", "--json", photos=False)
+    assert json.loads(evaluated.stdout)["top1"] == answer["top1"]
+    assert Bundle.open(site.workspace / "bundle").labels == COLOURS
+    assert len(list((site.workspace / "synthetic").glob("*/*.png"))) == 12
+
+
+def test_the_photos_are_no_test_set(first: tuple[Site, Any]) -> None:
+    site, _ = first
+    evaluated = site.call("evaluate", "--test-dir", site.root / "few_shots", photos=False)
+    assert evaluated.exit_code == 1 and "shares 6 image(s)" in evaluated.stderr
+
+
+def test_a_second_run_does_no_work_and_says_so(site: Site) -> None:
+    """It also remembers the model, which is not named again."""
+    before = site.files()
+    answer = site.adapt("--test-dir", site.root / "test")
+    assert answer["stages"] == dict.fromkeys(STAGES, "skipped") and answer["seconds"] == 0
+    assert answer["n_test"] == 9
+    assert site.files() == before
+    told = site.call("adapt", *QUICK).stdout
+    assert "nothing has changed" in told and told.count("skipped") == 6
+
+
+def test_an_unchanged_stage_is_skipped_on_its_own_too(site: Site) -> None:
+    before = site.files()
+    commands: list[list[str | Path]] = [
+        ["learn-style", "--steps", "3", "--init-word", "the", "--batch-size", "4"],
+        ["generate", "--per-class", "4", "--steps", "2"],
+        ["train", "--epochs", "1", "--real-steps", "4", "--batch-size", "6", "--student", "test_resnet"],
+    ]
+    for words in commands:
+        result = site.call(*words, "--json")
+        assert result.exit_code == 0, result.stderr
+        answer = json.loads(result.stdout)
+        assert answer.get("written", 0) == 0 and answer["skipped"], words[0]
+    assert site.files() == before
+
+
+def test_a_dry_run_plans_and_does_nothing(site: Site, tiny_model: Path, tmp_path: Path) -> None:
+    before = site.files()
+    plan = site.adapt("--dry-run")["plan"]
+    assert plan == dict.fromkeys(STAGES, "unchanged")
+    plan = site.adapt("--dry-run", "--epochs", "2")["plan"]
+    assert plan["generate"] == "unchanged" and plan["train"] == "changed: epochs"
+    assert plan["adapt"] == plan["export"] == "follows"
+    assert site.files() == before
+    shutil.rmtree(site.workspace)
+    plan = site.adapt("--dry-run", "--model", tiny_model)["plan"]
+    assert plan == {"build-engines": "absent", **dict.fromkeys(STAGES[1:], "follows")}
+    assert not site.workspace.exists()
+
+
+def test_another_photo_redoes_what_depends_on_it(site: Site) -> None:
+    path = site.root / "few_shots" / "red" / "1.png"
+    with Image.open(path) as image:
+        image.rotate(90).save(path)
+    assert done(site.adapt()) == STAGES[1:]
+
+
+def test_a_renamed_photo_redoes_nothing(site: Site) -> None:
+    path = site.root / "few_shots" / "red" / "0.png"
+    path.rename(path.with_name("first of all.png"))
+    assert done(site.adapt()) == []
+
+
+def test_a_setting_redoes_its_stage_and_what_follows(site: Site) -> None:
+    assert done(site.adapt("--adapt-steps", "3")) == STAGES[4:]
+
+
+def test_force_adapts_and_exports_again(site: Site) -> None:
+    assert done(site.adapt("--force")) == STAGES[4:]
+
+
+@pytest.mark.parametrize("stage", ["synthetic", "bundle"])
+def test_a_damaged_folder_is_made_again(site: Site, stage: str) -> None:
+    kept = {path.name: path.read_bytes() for path in (site.workspace / stage).rglob("*.png")}
+    next(iter((site.workspace / stage).rglob("*.png" if kept else "model.onnx"))).unlink()
+    assert done(site.adapt()) == [{"synthetic": "generate", "bundle": "export"}[stage]]
+
+
+def test_without_synthetic_images_the_photos_alone_count(site: Site, tmp_path: Path) -> None:
+    shutil.rmtree(site.workspace)
+    weights = tmp_path / "weights"
+    new_student("test_resnet", ("x", "y"), image_size=32).save(weights)
+    answer = site.adapt("--no-synth", "--weights", weights, "--layers", "1")
+    assert done(answer) == STAGES[4:] and answer["path"] == "last-1"
+    assert not (site.workspace / "engines").exists()
+    assert site.adapt("--no-synth", "--weights", weights, "--layers", "1")["seconds"] == 0
+    plan = site.adapt("--no-synth", "--weights", weights, "--layers", "2", "--dry-run")["plan"]
+    assert plan == {"adapt": "changed: adapt", "export": "follows"}
+
+
+def test_a_trained_student_replaces_the_stages_before_adapt(site: Site) -> None:
+    student = site.root / "own student"
+    shutil.move(site.workspace / "student", student)
+    shutil.rmtree(site.workspace)
+    answer = site.adapt("--student", student, "--path", "unchanged")
+    assert done(answer) == STAGES[4:]
+    adapted, given = load_student(site.workspace / "adapted"), load_student(student / "synthetic")
+    assert adapted.head.weight.equal(given.head.weight)
+
+
+def engines(site: Site, **flags: Any) -> EngineSettings:
+    settings = EngineSettings(**{name: value for name, value in flags.items() if value is not None})
+    return remembered_model(settings, Workspace(site.workspace), flags)
+
+
+def test_the_workspace_remembers_its_engines(
+    first: tuple[Site, Any], tiny_model: Path, tmp_path: Path
+) -> None:
+    site, _ = first
+    assert engines(site).model == str(tiny_model.resolve())
+    assert engines(site, model="glyphs-32") == EngineSettings(), (
+        "asked for by name, even if it is the default"
+    )
+    assert engines(site, model="other/one") == EngineSettings(model="other/one")
+    changed = engines(site, precision="fp16")
+    assert (changed.model, changed.precision) == (str(tiny_model.resolve()), "fp16")
+    assert engines(Site(tmp_path)) == EngineSettings()
+
+
+def refusal(site: Site, words: Sequence[str | Path]) -> str:
+    result = site.call(*words)
+    assert result.exit_code == 1 and result.stdout == "", result.output
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+    return result.stderr
+
+
+def test_a_recipe_file_serves_the_whole_chain(site: Site, tmp_path: Path) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(
+        '[learn-style]\nsteps = 3\ninit_word = "the"\nbatch_size = 4\n[generate]\nper_class = 4\nsteps = 2\n'
+        '[train]\nstudent = "test_resnet"\nepochs = 1\nreal_steps = 4\nbatch_size = 6\n'
+        "[adapt]\nadapt_steps = 4\n"
+    )
+    result = site.call("adapt", "--config", recipe, "--json")
+    assert done(json.loads(result.stdout)) == [], result.stderr
+    recipe.write_text("[learn_style]\nsteps = 3\n[train]\nepoch = 2\n")
+    text = refusal(site, ["adapt", "--config", recipe])
+    assert "unknown section [learn_style]; did you mean learn-style" in text
+    assert "[train] unknown key 'epoch'; did you mean epochs" in text
