@@ -173,6 +173,7 @@ def real_stage(student: Student, photos: ImageSet, settings: TrainSettings) -> N
     """Bridged transfer++, step 2: a new head, then all layers on the real photos alone, without Mixup."""
     from synthkit.training import Examples, fit
 
+    student.new_head(settings.seed)
     student.model.requires_grad_(True)
     examples = Examples(photos, student.preprocessing)
     fit(student, examples, real_fit_settings(settings), label="train on real")

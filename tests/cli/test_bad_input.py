@@ -27,8 +27,8 @@ from tests.tiny_students import colour_folders
 
 COLOURS = ("blue", "green", "red")
 QUICK = (
-    "--per-class 4 --style-steps 3 --init-word the --generate-steps 2 --epochs 1 "
-    "--adapt-steps 2 --real-steps 2 --layers 1 --train-batch-size 6 --style-batch-size 4 --student test_resnet"
+    "--per-class 4 --style-steps 3 --init-word the --generate-steps 2 --epochs 1 --adapt-steps 2 "
+    "--real-steps 2 --layers 1 --train-batch-size 6 --style-batch-size 4 --student test_resnet"
 ).split()
 
 
