@@ -51,6 +51,7 @@ def new_denoiser(tokenizer: CLIPTokenizerFast) -> Denoiser:
         attention_head_dim=(2, 3),  # heads, as diffusers has it, of 32 channels each
         norm_num_groups=16,
     )
+    unet = unet.to(memory_format=torch.channels_last)  # a tenth faster on a CPU
     networks = torch.nn.ModuleDict({"unet": unet, "text_encoder": new_text_encoder(tokenizer)})
     return Denoiser(networks, tokenizer, DDPMScheduler.from_config(new_scheduler().config))
 
@@ -105,7 +106,7 @@ def train_denoiser(
     optimizer = torch.optim.AdamW(denoiser.networks.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.99))
     checkpoint, modules = folder / "denoiser.safetensors", {"networks": denoiser.networks, "ema": ema.module}
     start = load_checkpoint(checkpoint, modules, optimizer)
-    ids, nothing = token_ids(tokenizer, captions), token_ids(tokenizer, [""])[0]
+    ids, nothing = _unique_ids(tokenizer, captions), token_ids(tokenizer, [""])[0]
     if not start:
         teach_to_read(denoiser.networks["text_encoder"], ids, symbols)
         ema.module.load_state_dict(denoiser.networks.state_dict())
@@ -127,3 +128,9 @@ def train_denoiser(
         if (step + 1) % _CHECKPOINT_EVERY == 0 or step + 1 == steps:
             save_checkpoint(checkpoint, step + 1, modules, optimizer)
     return denoiser.parts(ema.module.eval().requires_grad_(False))
+
+
+def _unique_ids(tokenizer: CLIPTokenizerFast, captions: Sequence[str]) -> torch.Tensor:
+    """Tokens of the captions, each distinct one read once: many captions occur often."""
+    distinct = {caption: row for row, caption in enumerate(dict.fromkeys(captions))}
+    return token_ids(tokenizer, list(distinct))[[distinct[caption] for caption in captions]]
