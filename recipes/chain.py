@@ -145,6 +145,9 @@ def run_chain(
 def _synthetic_stages(
     settings: ChainSettings, workspace: Workspace, photos: ImageSet
 ) -> Iterator[StageResult]:
+    from synthkit.students import check_architecture
+
+    check_architecture(settings.train.student)  # before the minutes that the stages before it take
     words = words_for_prompts(settings.engines, photos)  # refuses undrawable classes before any work
     yield build_engines(settings.engines, workspace.engines)
     model = base_model(workspace.engines)

@@ -30,7 +30,7 @@ class StyleSettings:
     token: str = setting("<site-style>", "name of the new token")
     vectors: int = setting(1, "vectors of the token", minimum=1)
     init_word: str = setting("photo", "word whose embedding the token starts from")
-    steps: int = setting(300, "training steps", minimum=1)
+    steps: int = setting(200, "training steps", minimum=1)
     lr: float = setting(0.02, "learning rate of the embedding", minimum=0)
     batch_size: int = setting(32, "noised latents per step", minimum=1)
     checkpoint_every: int = setting(50, "steps between two checkpoints", minimum=1)
@@ -42,7 +42,7 @@ class GenerateSettings:
     """`generate`: synthetic images of every class."""
 
     per_class: int = setting(200, "images of each class", minimum=1)
-    steps: int = setting(20, "denoising steps", minimum=1)
+    steps: int = setting(15, "denoising steps", minimum=1)
     guidance: float = setting(2.0, "guidance scale; 1 or less: none", minimum=0)
     batch_size: int = setting(100, "images per batch", minimum=1)
     seed: int = setting(0, "run seed; image i of class c is drawn from (seed, c, i)", minimum=0)
@@ -58,8 +58,8 @@ class TrainSettings:
     image_size: int | None = setting(
         None, "student input in pixels; chosen: from weights or images", minimum=16
     )
-    epochs: int = setting(20, "epochs over the synthetic images", minimum=1)
-    real_steps: int = setting(150, "gradient steps over the real images", minimum=0)
+    epochs: int = setting(12, "epochs over the synthetic images", minimum=1)
+    real_steps: int = setting(100, "gradient steps over the real images", minimum=0)
     lr: float = setting(0.002, "peak learning rate", minimum=0)
     batch_size: int = setting(64, "images per gradient step", minimum=2)
     mixup: float = setting(0.2, "Mixup alpha of the synthetic stage; 0: off", minimum=0)
@@ -74,8 +74,8 @@ class AdaptSettings:
         "auto", "units to adapt: head, + last block, + last stage"
     )
     path: str = setting("auto", "adaptation path; auto: chosen by cross-validation")
-    adapt_steps: int = setting(200, "gradient steps at the most", minimum=1)
-    adapt_lr: float = setting(0.003, "peak learning rate", minimum=0)
+    adapt_steps: int = setting(60, "gradient steps at the most", minimum=1)
+    adapt_lr: float = setting(0.001, "peak learning rate", minimum=0)
     seed: int = setting(0, "seed of folds, order and augmentation", minimum=0)
 
 

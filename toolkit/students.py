@@ -152,8 +152,7 @@ def new_student(
         ModelError: the architecture is unknown, or its weights are absent or do not fit.
         ConfigError: both kinds of weights were asked for.
     """
-    if not timm.is_model(name):
-        raise ModelError(f"timm knows no student {name!r}{nearest(name, timm.list_models())}")
+    check_architecture(name)
     if weights and pretrained:
         raise ConfigError("--weights and --pretrained exclude each other; give one of them")
     config = _local_config(weights) if weights else {}
@@ -173,6 +172,16 @@ def new_student(
     student = Student(model, name, _sized(name, model_args, image_size), tuple(classes), preprocessing)
     _ = student.head  # refuses what has several heads before anything is trained
     return student
+
+
+def check_architecture(name: str) -> None:
+    """Refuse a student that timm does not know.
+
+    Raises:
+        ModelError: offers the nearest names.
+    """
+    if not timm.is_model(name):
+        raise ModelError(f"timm knows no student {name!r}{nearest(name, timm.list_models())}")
 
 
 def _sized(name: str, model_args: Mapping[str, Any], image_size: int | None) -> dict[str, Any]:

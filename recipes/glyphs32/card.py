@@ -35,9 +35,9 @@ pipeline_tag: text-to-image
 ---
 # glyphs-32
 
-A Stable Diffusion pipeline, only small: CLIPTextModel, UNet2DConditionModel, AutoencoderKL and CLIPTokenizer.
-It draws the ten digits and the 26 capital letters at 32x32 pixels in many styles, and nothing else. It exists so
-that synthkit works without a download, and so that tests and demos run the very code that Stable Diffusion runs.
+A Stable Diffusion pipeline, only small: CLIPTextModel, UNet2DConditionModel, AutoencoderKL, CLIPTokenizer. It
+draws the ten digits and the 26 capital letters at 32x32 pixels in many styles, and nothing else. It exists so that
+synthkit works without a download, and so that tests and demos run the very code that Stable Diffusion runs.
 
 ![samples](samples.png)
 
@@ -52,9 +52,9 @@ Weights are stored as float16; load them as float32 on a CPU.
 ## Data
 {images:,} images that `recipes/glyphs32` renders itself, from the fonts that matplotlib carries (DejaVu, STIX,
 Computer Modern) and from strokes, segments and dots of its own: printed, handwritten, seven-segment, dot-matrix,
-roller-counter, engraved and stamped characters, with varied weight, slant, size, colour, light, blur, noise,
-frames and reflections, each captioned in words. **It never saw a real image.** The renderer was designed while
-looking at photos of meters; no pixel of any photo went into it.
+roller-counter, engraved and stamped characters, with varied weight, slant, size, colour, light, blur, noise, frames
+and reflections, each captioned in words. **It never saw a real image.** The renderer was designed while looking at
+photos of meters; no pixel of any photo went into it.
 
 ## Training
 `python -m synthkit.recipes.glyphs32 --out DIR`: a VAE ({vae_steps} steps of 16), then UNet and text encoder
@@ -106,7 +106,7 @@ def write_model(
 
 
 def _millions(module: torch.nn.Module) -> float:
-    return sum(parameter.numel() for parameter in module.parameters()) / 1e6
+    return float(sum(parameter.numel() for parameter in module.parameters())) / 1e6
 
 
 def draw_samples(model_dir: Path) -> None:

@@ -1,9 +1,9 @@
 """The text encoder of glyphs-32, taught to read before the UNet listens to it.
 
-Stable Diffusion's text encoder comes from CLIP and already tells words apart. One that starts from nothing,
-trained through the UNet alone, learns words of style but leaves the class unread: after 1,700 steps the UNet's
-loss was the same with the right class as with a wrong one. So it first learns from captions alone that every
-state behind the last word, which is where attention finds most of its keys, must tell class and words.
+Stable Diffusion's text encoder comes from CLIP and already tells words apart. One that starts from nothing
+and learns through the UNet alone reads words of style but not the class: after 1,700 steps the UNet's loss
+was the same with the right class as with a wrong one. So it first learns from captions alone that every state
+behind the last word, which is where attention finds most of its keys, must tell class and words.
 """
 
 from __future__ import annotations

@@ -54,11 +54,18 @@ def _answer(result: DemoResult, folder: Path, seconds: float) -> options.Output:
     rows = {row.method: row.top1 for row in result.rows}
     stages = {one.manifest.stage: "skipped" if one.skipped else "done" for one in result.stages}
     width = max(len(method) for method in rows)
-    lines = [f"{one.manifest.stage:<14} {one.manifest.seconds:6.1f} s" for one in result.stages if not one.skipped]
+    lines = [
+        f"{one.manifest.stage:<14} {one.manifest.seconds:6.1f} s" for one in result.stages if not one.skipped
+    ]
     lines += [f"{name:<14} skipped, unchanged" for name, state in stages.items() if state == "skipped"]
     lines += ["", f"{'top-1 on ' + str(result.n_test) + ' real test images':<{width}}"]
     lines += [f"  {method:<{width}}  {share:.3f}" for method, share in rows.items()]
-    lines += ["", f"contact sheet: {result.sheet}", f"bundle:        {folder / 'bundle'}", f"{seconds:.0f} s in all"]
+    lines += [
+        "",
+        f"contact sheet: {result.sheet}",
+        f"bundle:        {folder / 'bundle'}",
+        f"{seconds:.0f} s in all",
+    ]
     data: dict[str, Any] = {
         "rows": [{"method": method, "top1": share} for method, share in rows.items()],
         "n_test": result.n_test,
