@@ -8,7 +8,7 @@ Without synthetic images the second stage alone remains, which is vanilla transf
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,9 @@ SYNTHETIC = "synthetic"  # subfolder: the student before it has seen a real phot
 # Input side of a student that starts from random weights and real photos alone.
 _SMALL = 64
 _LARGEST = 224
+
+# Images per step of the real stage: photos are few, and a larger batch would only repeat them.
+_REAL_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,8 @@ def real_stage(student: Student, photos: ImageSet, settings: TrainSettings) -> N
 
 def real_fit_settings(settings: TrainSettings) -> FitSettings:
     """How all layers learn the real photos."""
-    return _fit_settings(settings, settings.real_steps)
+    fitted = _fit_settings(settings, settings.real_steps)
+    return replace(fitted, batch_size=min(fitted.batch_size, _REAL_BATCH))
 
 
 def _fit_settings(settings: TrainSettings, steps: int, mixup: float = 0.0) -> FitSettings:
