@@ -42,7 +42,8 @@ def read_toml(path: Path) -> dict[str, Any]:
         ConfigError: the file is missing, cannot be read, is not UTF-8 text or is not TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+        return content
     except FileNotFoundError:
         raise ConfigError(f"no file {path}; give the path of a TOML file") from None
     except OSError as error:
