@@ -24,10 +24,7 @@ from tqdm import tqdm
 from synthkit.checkpoints import load_checkpoint, save_checkpoint, step_generator
 from synthkit.diffusion import DiffusionParts, encode_images, noise_prediction_loss, token_ids
 from synthkit.errors import ModelError
-from synthkit.style import StyleToken
-
-#: The sentence of the paper; `{token}` stands for all words of the token.
-PROMPT = "A {words} photo in the style of {token}"
+from synthkit.style import PROMPT, StyleToken
 
 
 @dataclass(frozen=True)

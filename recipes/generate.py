@@ -36,7 +36,7 @@ from synthkit.artifacts import (
 from synthkit.engines.pipeline import EnginePipeline
 from synthkit.errors import ConfigError, EngineError
 from synthkit.recipes.settings import GenerateSettings
-from synthkit.style import StyleToken
+from synthkit.style import PROMPT, StyleToken
 
 METADATA = "metadata.jsonl"
 
@@ -90,7 +90,7 @@ def image_seed(run_seed: int, class_name: str, index: int) -> int:
 
 def prompt_for(words: str, token: str | None) -> str:
     """The prompt of a class, with the style token or without."""
-    return f"A {words} photo in the style of {token}" if token else f"A {words} photo"
+    return PROMPT.format(words=words, token=token) if token else f"A {words} photo"
 
 
 def generate_request(

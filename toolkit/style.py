@@ -15,6 +15,9 @@ import numpy as np
 from synthkit.artifacts import write_bytes
 from synthkit.errors import MissingExtra, ModelError
 
+#: The sentence of arXiv 2403.19866, for learning and drawing; `{token}` stands for all words of the token.
+PROMPT = "A {words} photo in the style of {token}"
+
 _FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 1280: "SDXL (768 + 1280)"}
 _UNNAMED = ("emb_params", "<UNNAMED>")  # keys of files whose name is the token: A1111's and kohya's
 

@@ -17,10 +17,11 @@ import torch
 
 from synthkit import style
 from synthkit.calibration import inversion
-from synthkit.calibration.inversion import PROMPT, InversionSettings, invert_style
+from synthkit.calibration.inversion import InversionSettings, invert_style
 from synthkit.diffusion import DiffusionParts, encode_images, load_parts, noise_prediction_loss, token_ids
 from synthkit.engines.pipeline import EnginePipeline
 from synthkit.errors import ModelError
+from synthkit.style import PROMPT
 from tests.tiny_models import IMAGE, WIDTH
 from tests.tiny_students import noise
 
