@@ -34,11 +34,12 @@ def evaluate_bundle(bundle: Bundle, test_dir: Path, skip_bad: bool = False) -> d
     trained_on = bundle.facts["lineage"].get("trained_on", [])
     known = dict.fromkeys(trained_on, "trained on")
     refuse_shared(images, known, ("the training photos", str(test_dir)))
-    measured = _measured(_predicted(bundle, images), images)
+    measured = _measured(predict_labels(bundle, images), images)
     return {**measured, "seconds": round(time.perf_counter() - started, 3)}
 
 
-def _predicted(bundle: Bundle, images: ImageSet) -> np.ndarray:
+def predict_labels(bundle: Bundle, images: ImageSet) -> np.ndarray:
+    """Index of the predicted class of every image, a few hundred of them decoded at once."""
     positions = range(len(images))
     chunks = [images.subset(positions[start : start + _CHUNK]) for start in positions[::_CHUNK]]
     return np.concatenate([bundle.logits(one.load(bundle.preprocessing)).argmax(axis=1) for one in chunks])

@@ -26,6 +26,7 @@ COMMANDS = {
     "predict": "Classify images with a bundle.",
     "evaluate": "Measure a bundle's top-1 on a test folder.",
     "verify": "Check that a bundle is whole and computes what it should.",
+    "compare": "Table of methods, shots and seeds on one data set.",
     "doctor": "Tell what this machine can really run.",
     "demo": "Run the whole chain on embedded real data.",
 }

@@ -26,7 +26,9 @@ def command(workspace: Path, shots: int, seed: int, force: bool) -> options.Outp
     """
     from synthkit.artifacts import workspace_lock
     from synthkit.recipes.chain import ChainSettings, Workspace
-    from synthkit.recipes.demo import run_demo, write_digits
+    from synthkit.recipes.compare import seeded
+    from synthkit.recipes.demo import run_demo
+    from synthkit.recipes.digits import write_digits
     from synthkit.recipes.settings import (
         AdaptSettings,
         EngineSettings,
@@ -37,16 +39,12 @@ def command(workspace: Path, shots: int, seed: int, force: bool) -> options.Outp
 
     started = time.perf_counter()
     place = Workspace(workspace / f"demo-{shots}-shot-{seed}")
-    settings = ChainSettings(
-        EngineSettings(),
-        StyleSettings(seed=seed),
-        GenerateSettings(seed=seed),
-        TrainSettings(seed=seed),
-        AdaptSettings(seed=seed),
+    usual = ChainSettings(
+        EngineSettings(), StyleSettings(), GenerateSettings(), TrainSettings(), AdaptSettings()
     )
     with workspace_lock(place.root):
         photos, test = write_digits(place.root / "digits", shots, seed)
-        result = run_demo(settings, place, photos, test, force)
+        result = run_demo(seeded(usual, seed), place, photos, test, force)
     return _answer(result, place.root, time.perf_counter() - started)
 
 
@@ -62,12 +60,14 @@ def _answer(result: DemoResult, folder: Path, seconds: float) -> options.Output:
     lines += [f"  {method:<{width}}  {share:.3f}" for method, share in rows.items()]
     lines += [
         "",
+        f"path of the adapted bundle: {result.path}",
         f"contact sheet: {result.sheet}",
         f"bundle:        {folder / 'bundle'}",
         f"{seconds:.0f} s in all",
     ]
     data: dict[str, Any] = {
         "rows": [{"method": method, "top1": share} for method, share in rows.items()],
+        "path": result.path,
         "n_test": result.n_test,
         "stages": stages,
         "seconds": round(seconds, 1),

@@ -1,0 +1,238 @@
+"""`compare`: methods x shots x seeds on one data set, every cell a chain in a workspace of its own.
+
+    real-dir ──k photos per class──► cell ──chain, few-shot only──► predictions on test-dir ──► table
+
+At one seed a draw of more shots contains the smaller ones, and all methods see the same photos for the same
+number of gradient steps. A cell that is done is skipped, one that was interrupted goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm import tqdm
+
+from synthkit import metrics
+from synthkit.artifacts import Request, StageResult, run_stage, versions, write_json
+from synthkit.images import ImageSet, check_disjoint, k_shot
+from synthkit.recipes.chain import ChainSettings, Workspace, run_chain
+from synthkit.recipes.train import SYNTHETIC, Material, synthetic_steps, train, untrained_student
+
+if TYPE_CHECKING:
+    from synthkit.students import Student
+
+FEW_SHOT, SYNTHETIC_ONLY, BRIDGED, ADAPTED = (
+    "few-shot only",
+    "synthetic only",
+    "bridged++",
+    "adapted bundle",
+)
+METHODS = (FEW_SHOT, SYNTHETIC_ONLY, BRIDGED, ADAPTED)
+
+_PREDICTIONS = "predictions.json"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One draw of photos."""
+
+    shots: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the methods answer in a cell.
+
+    Attributes:
+        cell: the draw.
+        path: what `adapt` chose.
+        predicted: method -> predicted class index of every test image.
+    """
+
+    cell: Cell
+    path: str
+    predicted: dict[str, list[int]]
+
+
+def measure(
+    settings: ChainSettings, place: Workspace, photos: ImageSet, test: ImageSet, force: bool = False
+) -> tuple[list[StageResult], dict[str, np.ndarray]]:
+    """Run the chain and the methods it is compared with on one draw of photos.
+
+    Args:
+        settings: of the chain.
+        place: the draw's workspace.
+        photos: real few shots.
+        test: real test images, looked at only here and only to measure.
+        force: adapt and export again even when nothing changed.
+
+    Returns:
+        The chain's stages, and method -> predicted class index of every test image.
+    """
+    from synthkit.engines.bundle import Bundle
+    from synthkit.recipes.evaluate import predict_labels
+    from synthkit.students import load_student
+
+    stages = run_chain(settings, place, photos, force=force)
+    alone = few_shot_only(settings, place, photos)
+    students = {FEW_SHOT: alone, SYNTHETIC_ONLY: place.student / SYNTHETIC, BRIDGED: place.student}
+    predicted = {method: _answers(load_student(folder), test) for method, folder in students.items()}
+    predicted[ADAPTED] = predict_labels(Bundle.open(place.bundle), test)
+    return stages, predicted
+
+
+def few_shot_only(settings: ChainSettings, place: Workspace, photos: ImageSet) -> Path:
+    """The student that sees the photos alone, for as many gradient steps as both stages of the bridge."""
+    material = Material(ImageSet.scan(place.synthetic), photos)
+    steps = synthetic_steps(settings.train, material) + settings.train.real_steps
+    size = untrained_student(settings.train, material).preprocessing.input_size[1]
+    alone = replace(settings.train, real_steps=steps, image_size=size)
+    return train(alone, Material(None, photos), place.root / "few_shot_only").out
+
+
+def _answers(student: Student, images: ImageSet) -> np.ndarray:
+    pixels = images.with_classes(student.classes).load(student.preprocessing)
+    return np.asarray(student.logits(pixels).argmax(1).numpy())
+
+
+def seeded(settings: ChainSettings, seed: int) -> ChainSettings:
+    """The same settings with one seed for every stage that draws."""
+    return replace(
+        settings,
+        style=replace(settings.style, seed=seed),
+        generate=replace(settings.generate, seed=seed),
+        train=replace(settings.train, seed=seed),
+        adapt=replace(settings.adapt, seed=seed),
+    )
+
+
+def run_cell(settings: ChainSettings, root: Path, pool: ImageSet, test: ImageSet, cell: Cell) -> Scores:
+    """Draw a cell's photos and measure every method on them, or find them measured.
+
+    Args:
+        settings: of the chain; the cell's seed takes the place of theirs.
+        root: holds the cells' workspaces.
+        pool: real photos to draw from.
+        test: real test images.
+        cell: which draw.
+    """
+    photos = pool.subset(k_shot(pool, cell.shots, cell.seed))
+    place = Workspace(root / f"{cell.shots}-shot-{cell.seed}")
+    own = seeded(settings, cell.seed)
+    inputs = {"photos": photos.digest, "test": test.digest}
+    request = Request("compare", place.root / "scores", inputs, asdict(own))
+
+    def produce(work: Path) -> dict[str, Any]:
+        stages, predicted = measure(own, place, photos, test)
+        write_json(work / _PREDICTIONS, {method: one.tolist() for method, one in predicted.items()})
+        return {"path": stages[-2].manifest.metrics["path"]}
+
+    done = run_stage(request, produce)
+    predicted = json.loads((done.out / _PREDICTIONS).read_text(encoding="utf-8"))
+    return Scores(cell, done.manifest.metrics["path"], predicted)
+
+
+def compare(
+    settings: ChainSettings, root: Path, pool: ImageSet, test: ImageSet, cells: Sequence[Cell], jobs: int = 1
+) -> dict[str, Any]:
+    """Measure all cells.
+
+    Args:
+        settings: of the chain.
+        root: the workspace.
+        pool: real photos to draw from.
+        test: real test images, of the same classes.
+        cells: the draws.
+        jobs: processes, each with its share of the processor's cores.
+
+    Returns:
+        `rows` (method, shots, top1_mean, top1_std, seeds), `cells` with every top-1, path and confusion
+        matrix, `classes`, `n_test` and `versions`.
+
+    Raises:
+        DataError: the test folder shares an image with the pool, or a class has too few photos.
+    """
+    check_disjoint(pool, test, (str(pool.root), str(test.root)))
+    for cell in cells:
+        k_shot(pool, cell.shots, cell.seed)  # refuses what cannot be drawn before any work
+    test = test.with_classes(pool.classes)
+    scores = list(_measured(settings, root, pool, test, cells, jobs))
+    scores.sort(key=lambda one: (one.cell.shots, one.cell.seed))
+    return {
+        "rows": rows(scores, test.labels),
+        "cells": [_described(one, test) for one in scores],
+        "classes": list(test.classes),
+        "n_test": len(test),
+        "settings": asdict(settings),
+        "versions": versions(),
+    }
+
+
+def _measured(
+    settings: ChainSettings, root: Path, pool: ImageSet, test: ImageSet, cells: Sequence[Cell], jobs: int
+) -> Iterator[Scores]:
+    if jobs == 1:
+        yield from (run_cell(settings, root, pool, test, cell) for cell in cells)
+        return
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    os.environ |= {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}  # read by the child processes
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool_of_processes:
+        tasks = [pool_of_processes.submit(run_cell, settings, root, pool, test, cell) for cell in cells]
+        for task in tqdm(as_completed(tasks), total=len(tasks), desc="compare", unit="cell", disable=False):
+            yield task.result()
+
+
+def rows(scores: Sequence[Scores], labels: np.ndarray) -> list[dict[str, Any]]:
+    """Mean and standard deviation (of a sample, n - 1) over the seeds, per method and number of shots."""
+    table = []
+    for shots in sorted({one.cell.shots for one in scores}):
+        for method in METHODS:
+            of_seeds = [
+                metrics.top1(np.array(one.predicted[method]), labels)
+                for one in scores
+                if one.cell.shots == shots
+            ]
+            spread = float(np.std(of_seeds, ddof=1)) if len(of_seeds) > 1 else 0.0
+            table.append(
+                {
+                    "method": method,
+                    "shots": shots,
+                    "top1_mean": round(float(np.mean(of_seeds)), 4),
+                    "top1_std": round(spread, 4),
+                    "seeds": len(of_seeds),
+                }
+            )
+    return table
+
+
+def _described(scores: Scores, test: ImageSet) -> dict[str, Any]:
+    predicted = {method: np.array(one) for method, one in scores.predicted.items()}
+    confusion = metrics.confusion(predicted[ADAPTED], test.labels, len(test.classes))
+    return {
+        **asdict(scores.cell),
+        "path": scores.path,
+        "top1": {method: round(metrics.top1(one, test.labels), 4) for method, one in predicted.items()},
+        "confusion": confusion.tolist(),
+    }
+
+
+def markdown(table: Sequence[dict[str, Any]]) -> str:
+    """The rows as a Markdown table, one line per number of shots, one column per method."""
+    found = {(row["shots"], row["method"]): row for row in table}
+    lines = [f"| shots | {' | '.join(METHODS)} |", "|---:" + "|---:" * len(METHODS) + "|"]
+    for shots in sorted({row["shots"] for row in table}):
+        cells = [
+            f"{row['top1_mean']:.3f} ± {row['top1_std']:.3f}"
+            for row in (found[shots, method] for method in METHODS)
+        ]
+        lines.append(f"| {shots} | {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -1,0 +1,66 @@
+"""`synthkit compare`: methods x shots x seeds on one data set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from synthkit.cli import options
+
+_SECTIONS = ("adapt", "train", "generate", "learn-style", "build-engines")
+
+
+def _numbers(_context: click.Context, _option: click.Parameter, text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise click.BadParameter(f"{text!r} must be numbers with commas between them, for example 1,2,4")
+    return sorted({int(part) for part in parts})
+
+
+@options.command("compare")
+@options.settings_options(*_SECTIONS)
+@click.option("--config", type=click.Path(path_type=Path), help="TOML recipe with the settings.")
+@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Cells at a time.")
+@click.option(
+    "--seeds", type=click.IntRange(1), default=3, show_default=True, help="Draws per number of shots."
+)
+@click.option(
+    "--shots", callback=_numbers, default="1,2,4,8,16", show_default=True, help="Photos per class to draw."
+)
+@click.option("--test-dir", type=click.Path(path_type=Path), required=True, help="Real test images.")
+@click.option(
+    "--real-dir", type=click.Path(path_type=Path), required=True, help="Real photos to draw few shots from."
+)
+def command(
+    workspace: Path,
+    real_dir: Path,
+    test_dir: Path,
+    shots: list[int],
+    seeds: int,
+    jobs: int,
+    config: Path | None,
+    **values: Any,
+) -> options.Output:
+    """Run the chain and the methods it is compared with on several draws of photos, and make a table.
+
+    A draw that was measured before is not measured again; --seed is the first draw's.
+
+    \b
+    Example: synthkit compare --real-dir ./pool --test-dir ./test --shots 1,2,4 --seeds 3
+    """
+    from synthkit.artifacts import workspace_lock, write_json
+    from synthkit.images import ImageSet
+    from synthkit.recipes.chain import ChainSettings
+    from synthkit.recipes.compare import Cell, compare, markdown
+
+    found = options.gather_settings(config, values, *_SECTIONS)
+    settings = ChainSettings(*(found[name] for name in reversed(_SECTIONS)))
+    first = settings.adapt.seed
+    cells = [Cell(count, seed) for count in shots for seed in range(first, first + seeds)]
+    with workspace_lock(workspace):
+        result = compare(settings, workspace, ImageSet.scan(real_dir), ImageSet.scan(test_dir), cells, jobs)
+        write_json(workspace / "compare.json", result)
+    text = f"top-1 on {result['n_test']} test images\n\n{markdown(result['rows'])}\n"
+    return options.Output(result, f"{text}\n{workspace / 'compare.json'}")
