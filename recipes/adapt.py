@@ -11,7 +11,7 @@ Hennicke et al. 2024 (arXiv 2405.03243) find the synthetic-to-real drop in the l
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,7 @@ from synthkit.recipes.train import (
 
 if TYPE_CHECKING:
     from synthkit.students import Student
-    from synthkit.training import Examples, FitSettings
+    from synthkit.training import Examples, FitSettings, Lesson
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +148,9 @@ def adapt(
         if path is FULL and start.full and steps == training.real_steps:
             student = start.full
         else:
-            student = _follow(path, start, examples, settings, training, stop=steps)
+            begun = course(path, start, examples, settings)
+            _train(path, begun.trained, begun.lesson, settings, training, stop=steps)
+            student = begun.whole
         student.save(work)
         scores = [asdict(verdict) for verdict in verdicts]
         return {"path": path.name, "steps": steps, "reason": reason, "cross_validation": scores}
@@ -222,6 +224,43 @@ def _steps(path: AdaptPath, settings: AdaptSettings, training: TrainSettings) ->
     return training.real_steps if path is FULL else settings.adapt_steps
 
 
+@dataclass(frozen=True)
+class Course:
+    """What a path trains, and on what.
+
+    Attributes:
+        whole: the student that comes out.
+        trained: what is trained of it: the student itself, or its last layers, whose parameters it shares.
+        lesson: the photos in the form that `trained` takes.
+    """
+
+    whole: Student
+    trained: Student
+    lesson: Lesson
+
+
+def course(path: AdaptPath, start: Start, examples: Examples, settings: AdaptSettings) -> Course:
+    """A copy of the starting student, made ready for a path.
+
+    Where only the last units are trained, the photos pass the frozen ones here, once.
+    """
+    from synthkit.last_layers import see, split
+
+    student = start.student.clone()
+    if path is FULL:
+        student.new_head(settings.seed)  # bridged transfer++, "FC reinit"
+        return Course(student, student, examples)
+    student.train_only_last(path.units or 0)
+    if path is UNCHANGED:
+        return Course(student, student, examples)
+    try:
+        cut = split(student)
+    except NotImplementedError as error:
+        log.info("adapt: every step runs through the frozen layers too (%s)", error)
+        return Course(student, student, examples)
+    return Course(student, cut.trained, see(student, examples, cut.frozen, settings.views, settings.seed))
+
+
 def _judge(
     path: AdaptPath,
     start: Start,
@@ -232,16 +271,17 @@ def _judge(
 ) -> Verdict:
     """Follow a path once per fold, and look at the held-out photos a few times on the way."""
     labels = examples.labels.numpy()
+    begun = course(path, start, examples, settings)
     seen: dict[int, np.ndarray] = {}  # steps -> logits of every photo, each from the fold that held it out
 
     for kept, held_out in stratified_folds(labels, folds, settings.seed):
-        pixels = examples.pixels(held_out)
+        student = begun.trained.clone()
 
-        def look(steps: int, student: Student, pixels: Any = pixels, rows: Any = held_out) -> None:
+        def look(steps: int, student: Student = student, rows: np.ndarray = held_out) -> None:
             logits = seen.setdefault(steps, np.zeros((len(labels), len(student.classes)), np.float32))
-            logits[rows] = student.logits(pixels).numpy()
+            logits[rows] = begun.lesson.logits(student, rows)
 
-        _follow(path, start, examples.subset(kept), settings, training, look=look)
+        _train(path, student, begun.lesson.subset(kept), settings, training, look=look)
     scored = [
         Verdict(path.name, steps, top1(logits.argmax(1), labels), log_loss(logits, labels))
         for steps, logits in sorted(seen.items())
@@ -250,29 +290,21 @@ def _judge(
     return max(scored, key=lambda verdict: (verdict.top1, -verdict.loss))
 
 
-def _follow(
+def _train(
     path: AdaptPath,
-    start: Start,
-    examples: Examples,
+    student: Student,
+    lesson: Lesson,
     settings: AdaptSettings,
     training: TrainSettings,
     *,
     stop: int | None = None,
-    look: Any = None,
-) -> Student:
-    """A copy of the starting student after a path."""
+    look: Callable[[int], None] | None = None,
+) -> None:
     from synthkit.training import fit
 
-    student = start.student.clone()
     fit_settings = replace(_path_settings(path, settings, training), stop=stop)
-    if path is FULL:
-        student.new_head(settings.seed)  # bridged transfer++, "FC reinit"
-    else:
-        student.train_only_last(path.units or 0)
     every = max(1, fit_settings.steps // _CHECKPOINTS)
-    watch = (every, lambda steps: look(steps, student)) if look else None
-    fit(student, examples, fit_settings, label=path.name, watch=watch)
-    return student
+    fit(student, lesson, fit_settings, label=path.name, watch=(every, look) if look else None)
 
 
 def _path_settings(path: AdaptPath, settings: AdaptSettings, training: TrainSettings) -> FitSettings:

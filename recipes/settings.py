@@ -76,6 +76,7 @@ class AdaptSettings:
     path: str = setting("auto", "adaptation path; auto: chosen by cross-validation")
     adapt_steps: int = setting(60, "gradient steps at the most", minimum=1)
     adapt_lr: float = setting(0.001, "peak learning rate", minimum=0)
+    views: int = setting(8, "augmented views of a photo that the frozen layers see", minimum=1)
     seed: int = setting(0, "seed of folds, order and augmentation", minimum=0)
 
 

@@ -13,6 +13,7 @@ NEEDS_TRAIN = {
     "synthkit.students",
     "synthkit.diffusion",
     "synthkit.training",
+    "synthkit.last_layers",
     "synthkit.engines.student_onnx",
     "synthkit.calibration.inversion",
 }

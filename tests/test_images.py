@@ -1,5 +1,6 @@
 """Class folders, bad files, splits, and preprocessing that equals timm's to the last bit."""
 
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -198,8 +199,18 @@ def test_scan_finds_classes_in_order_and_ignores_what_is_no_image(tmp_path: Path
     assert images.counts() == {"a dog": 2, "Ærø brücke": 2, "Ω": 3}
     assert images.labels.tolist() == [0, 0, 1, 1, 2, 2, 2]
     assert images.load(PREPROCESSING).shape == (7, 32, 32, 3)
+    assert "x.webp" in {item.path.name for item in images.items}
     few = images.subset([6, 0])
-    assert few.labels.tolist() == [2, 0] and few.items[0].path.name == "x.webp"
+    assert few.labels.tolist() == [2, 0] and few.items == (images.items[6], images.items[0])
+
+
+def test_the_order_of_the_images_is_that_of_their_contents(tmp_path: Path) -> None:
+    """Other names in another folder give the very same arrays, so that nothing learned can depend on them."""
+    first, second = ImageSet.scan(class_folders(tmp_path / "a", each=4)), tmp_path / "elsewhere"
+    for place, item in enumerate(reversed(first.items)):
+        (second / first.classes[item.label]).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(item.path, second / first.classes[item.label] / f"{place}{item.path.suffix}")
+    np.testing.assert_array_equal(ImageSet.scan(second).load(PREPROCESSING), first.load(PREPROCESSING))
 
 
 def test_decomposed_letters_of_a_mac_name_the_same_class(tmp_path: Path) -> None:

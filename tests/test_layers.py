@@ -21,6 +21,7 @@ LEVELS = [
     {"synthkit.checkpoints"},
     {"synthkit.diffusion", "synthkit.students"},
     {"synthkit.training"},
+    {"synthkit.last_layers"},
     {"synthkit.calibration", "synthkit.engines"},
     {"synthkit.recipes"},
     {"synthkit.cli"},

@@ -104,7 +104,7 @@ class ImageSet:
     Attributes:
         root: the folder.
         classes: class names; a label is an index into them.
-        items: the images, ordered by class and path.
+        items: the images, ordered by class and content.
     """
 
     root: Path
@@ -131,7 +131,9 @@ class ImageSet:
         if failures:
             log.warning("left out %d unreadable file(s): %s", len(failures), _list_failures(failures))
         bad = {path for path, _ in failures}
-        found = cls(root, tuple(folders), tuple(item for item in files if item.path not in bad))
+        usable = [item for item in files if item.path not in bad]
+        # By content, so that what is learned from the images does not depend on the names of the files.
+        found = cls(root, tuple(folders), tuple(sorted(usable, key=lambda item: (item.label, item.sha256))))
         _refuse_empty_classes(found)
         return found
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -54,6 +55,35 @@ class FitSettings:
     stop: int | None = None
 
 
+class Lesson(Protocol):
+    """What `fit` draws its batches from."""
+
+    def __len__(self) -> int:
+        """Number of images."""
+        ...
+
+    def batch(
+        self, student: Student, picked: np.ndarray, step: int, settings: FitSettings
+    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        """Inputs of the student's model and soft targets [B, classes].
+
+        Args:
+            student: what is trained.
+            picked: positions of the images, int [B].
+            step: number of the gradient step, the source of the batch's randomness together with the seed.
+            settings: of `fit`.
+        """
+        ...
+
+    def subset(self, indices: np.ndarray) -> Lesson:
+        """The images at the given positions."""
+        ...
+
+    def logits(self, student: Student, indices: np.ndarray) -> np.ndarray:
+        """Logits [N, classes] of the images at the given positions, not augmented."""
+        ...
+
+
 class Examples:
     """Labelled images at a student's size, decoded once where memory allows.
 
@@ -85,6 +115,21 @@ class Examples:
         pixels = None if self._pixels is None else self._pixels[indices]
         return Examples(self._set.subset(indices), self._preprocessing, pixels)
 
+    def batch(
+        self, student: Student, picked: np.ndarray, step: int, settings: FitSettings
+    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        """Freshly augmented, normalised images [B, 3, H, W], and soft targets [B, classes]."""
+        generator = step_generator(settings.seed, step)
+        images = student.normalise(augment(to_unit_range(self.pixels(picked)), generator))
+        targets = smooth_targets(self.labels[picked], len(student.classes), settings.smoothing)
+        if settings.mixup:
+            images, targets = mix(images, targets, settings.mixup, generator)
+        return (images,), targets
+
+    def logits(self, student: Student, indices: np.ndarray) -> np.ndarray:
+        """Logits [N, classes] of the images at the given positions, not augmented."""
+        return np.asarray(student.logits(self.pixels(indices)).numpy())
+
 
 def one_cycle(progress: float, warm_up: float = 0.05) -> float:
     """Share of the peak learning rate: linear warm-up, then cosine decay to a hundredth.
@@ -100,7 +145,7 @@ def one_cycle(progress: float, warm_up: float = 0.05) -> float:
 
 def fit(
     student: Student,
-    examples: Examples,
+    lesson: Lesson,
     settings: FitSettings,
     *,
     label: str = "train",
@@ -111,7 +156,7 @@ def fit(
 
     Args:
         student: what is trained.
-        examples: what it learns from.
+        lesson: what it learns from.
         settings: how.
         label: what the progress bar says.
         checkpoint: file that lets an interrupted run go on.
@@ -127,15 +172,15 @@ def fit(
     )
     modules = {"student": student.model}
     start = load_checkpoint(checkpoint, modules, optimizer) if checkpoint else 0
-    order = _order(len(examples), settings)
+    order = _order(len(lesson), settings)
     stop = settings.steps if settings.stop is None else settings.stop
     for step in tqdm(range(stop), label, disable=None, leave=False):
         picked = next(order)
         if step < start:
             continue
         student.model.train(not settings.frozen_statistics)
-        images, targets = _batch(student, examples, picked, step, settings)
-        loss = F.cross_entropy(student.model(images), targets)
+        inputs, targets = lesson.batch(student, picked, step, settings)
+        loss = F.cross_entropy(student.model(*inputs), targets)
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * one_cycle(step / settings.steps)
         optimizer.zero_grad()
@@ -159,19 +204,9 @@ def _order(count: int, settings: FitSettings) -> Iterator[np.ndarray]:
         queue = queue[settings.batch_size :]
 
 
-def _batch(
-    student: Student,
-    examples: Examples,
-    picked: np.ndarray,
-    step: int,
-    settings: FitSettings,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Augmented, normalised images [B, 3, H, W] and soft targets [B, classes] of one step."""
-    generator = step_generator(settings.seed, step)
-    images = student.normalise(augment(to_unit_range(examples.pixels(picked)), generator))
-    targets = F.one_hot(examples.labels[picked], len(student.classes)).float()
-    targets = targets * (1 - settings.smoothing) + settings.smoothing / len(student.classes)
-    return mix(images, targets, settings.mixup, generator) if settings.mixup else (images, targets)
+def smooth_targets(labels: torch.Tensor, classes: int, smoothing: float) -> torch.Tensor:
+    """Soft targets float32 [N, classes] of class indices [N], with label smoothing."""
+    return F.one_hot(labels, classes).float() * (1 - smoothing) + smoothing / classes
 
 
 def mix(

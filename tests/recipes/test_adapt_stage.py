@@ -8,17 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 pytest.importorskip("timm")
 
 import torch
 
-from synthkit import training
 from synthkit.artifacts import StageResult
 from synthkit.errors import ConfigError, DataError, ModelError
 from synthkit.images import ImageSet
+from synthkit.last_layers import Views
 from synthkit.recipes import adapt as recipe
 from synthkit.recipes.adapt import PATHS, Start, adapt, adapt_request, choose_path
 from synthkit.recipes.settings import AdaptSettings, TrainSettings
@@ -132,30 +131,27 @@ def test_the_verdicts_say_which_and_why(good: Student, photos: ImageSet, tmp_pat
 def test_no_photo_is_judged_by_a_student_that_saw_it(
     good: Student, photos: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    examples = Examples(photos, good.preprocessing)
-    everything = examples.pixels(np.arange(len(examples)))
-    seen: list[np.ndarray] = []
-    judged: list[tuple[int, int]] = []
-    real_fit, real_logits = training.fit, Student.logits
+    folds: list[tuple[set[int], set[int]]] = []  # of each call of fit: photos learned, photos judged
 
-    def position(pixels: np.ndarray) -> int:
-        return int((everything == pixels).all(axis=(1, 2, 3)).argmax())
+    def watching(kind: type[Any]) -> None:
+        real_subset, real_logits = kind.subset, kind.logits
 
-    def watched_fit(student: Any, some: Any, *arguments: Any, **others: Any) -> None:
-        seen.append(some.pixels(np.arange(len(some))))
-        real_fit(student, some, *arguments, **others)
+        def subset(self: Any, indices: Any) -> Any:
+            folds.append((set(indices.tolist()), set()))
+            return real_subset(self, indices)
 
-    def watched_logits(student: Any, images: Any, *arguments: Any) -> Any:
-        judged.extend((len(seen) - 1, position(one)) for one in images)
-        return real_logits(student, images, *arguments)
+        def logits(self: Any, student: Student, indices: Any) -> Any:
+            folds[-1][1].update(indices.tolist())
+            return real_logits(self, student, indices)
 
-    monkeypatch.setattr(training, "fit", watched_fit)
-    monkeypatch.setattr(Student, "logits", watched_logits)
+        monkeypatch.setattr(kind, "subset", subset)
+        monkeypatch.setattr(kind, "logits", logits)
+
+    watching(Examples)
+    watching(Views)
     choice(good, photos)
-    assert len(seen) == 5 * 3, "five paths in three folds"
-    assert {one for _, one in judged} == set(range(9)), "every photo is judged"
-    for fold, one in judged:
-        assert one not in {position(pixels) for pixels in seen[fold]}
+    assert len(folds) == 5 * 3, "five paths in three folds"
+    assert all(learned | judged == set(range(9)) and not learned & judged for learned, judged in folds)
 
 
 def test_unchanged_keeps_every_weight(trained: Path, photos: ImageSet, tmp_path: Path) -> None:
@@ -173,6 +169,18 @@ def test_layers_train_so_many_units_and_no_statistics(
     units = good.units()[-count:]
     assert result.manifest.metrics["path"] == f"last-{count}"
     assert moved(result.out, student) == {name for unit in units for name in unit}
+
+
+def test_a_student_that_cannot_be_cut_is_adapted_all_the_same(
+    good: Student, photos: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(student: Student) -> None:
+        raise NotImplementedError(student.architecture)
+
+    monkeypatch.setattr("synthkit.last_layers.split", refuse)
+    student = saved(good, tmp_path / "student")
+    result = run(student, photos, tmp_path / "adapted", layers="1", adapt_steps=3)
+    assert moved(result.out, student) == {"fc.weight", "fc.bias"}
 
 
 def test_the_full_path_ends_where_train_does(trained: Path, photos: ImageSet, tmp_path: Path) -> None:
