@@ -1,0 +1,129 @@
+"""`compare`: nested draws, the same photos for every method, and a table that says what was measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+pytest.importorskip("diffusers")
+pytest.importorskip("onnxruntime")
+
+from synthkit.cli import main
+from synthkit.images import ImageSet
+from synthkit.recipes.chain import Workspace
+from synthkit.recipes.compare import ADAPTED, METHODS, Cell, Scores, markdown, rows
+from synthkit.recipes.digits import write_digits
+from tests.tiny_students import colour_folders
+
+COLOURS = ("blue", "green", "red")
+QUICK = (
+    "--per-class 2 --style-steps 2 --init-word the --generate-steps 1 --epochs 1 --adapt-steps 2 "
+    "--real-steps 2 --train-batch-size 6 --style-batch-size 4 --student test_resnet "
+    "--shots 1,2 --seeds 1 --seed 3"
+).split()
+
+
+def call(workspace: Path, *words: str | Path) -> Any:
+    return CliRunner().invoke(main, ["--workspace", str(workspace), "compare", *map(str, words)])
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("sets")
+    colour_folders(root / "pool", COLOURS, each=3, seed=1)
+    colour_folders(root / "test", COLOURS, each=2, seed=2)
+    return root
+
+
+@pytest.fixture(scope="module")
+def compared(folders: Path, tiny_model: Path) -> tuple[Path, dict[str, Any]]:
+    arguments = ["--real-dir", folders / "pool", "--test-dir", folders / "test", "--model", tiny_model]
+    result = call(folders / "w", *arguments, *QUICK, "--json")
+    assert result.exit_code == 0, result.stderr
+    return folders / "w", json.loads(result.stdout)
+
+
+def test_every_method_answers_for_every_draw(compared: tuple[Path, dict[str, Any]]) -> None:
+    workspace, answer = compared
+    assert [(row["shots"], row["method"]) for row in answer["rows"]] == [
+        (shots, method) for shots in (1, 2) for method in METHODS
+    ]
+    assert all(row["seeds"] == 1 and row["top1_std"] == 0 for row in answer["rows"])
+    assert [(cell["shots"], cell["seed"]) for cell in answer["cells"]] == [(1, 3), (2, 3)]
+    assert answer["n_test"] == 6 and answer["versions"]["synthkit"]
+    for cell in answer["cells"]:
+        confusion = np.array(cell["confusion"])
+        assert confusion.sum() == 6 and np.trace(confusion) / 6 == pytest.approx(
+            cell["top1"][ADAPTED], abs=1e-4
+        )
+    assert json.loads((workspace / "compare.json").read_text("utf-8")) == answer
+
+
+def test_all_methods_saw_the_draw_and_nothing_else(compared: tuple[Path, dict[str, Any]]) -> None:
+    workspace, _ = compared
+    for shots in (1, 2):
+        place = Workspace(workspace / f"{shots}-shot-3")
+        stages = [place.style, place.student, place.adapted, place.root / "few_shot_only"]
+        manifests = [json.loads((stage / "manifest.json").read_text("utf-8")) for stage in stages]
+        assert len({manifest["inputs"]["photos"] for manifest in manifests}) == 1
+        alone, bridged = manifests[3]["metrics"], manifests[1]["metrics"]
+        assert alone["real_steps"] == bridged["synthetic_steps"] + bridged["real_steps"]
+        assert alone["n_synthetic"] == 0 and alone["n_real"] == 3 * shots
+
+
+def test_what_was_measured_is_not_measured_again(
+    compared: tuple[Path, dict[str, Any]], folders: Path, tiny_model: Path
+) -> None:
+    workspace, answer = compared
+    before = {path: path.stat().st_mtime_ns for path in workspace.rglob("*.onnx")}
+    arguments = ["--real-dir", folders / "pool", "--test-dir", folders / "test", "--model", tiny_model]
+    result = call(workspace, *arguments, *QUICK, "--jobs", "2")
+    assert result.exit_code == 0, result.stderr
+    assert markdown(answer["rows"]) in result.stdout
+    assert {path: path.stat().st_mtime_ns for path in workspace.rglob("*.onnx")} == before
+
+
+def test_rows_are_means_and_sample_deviations_over_the_seeds() -> None:
+    labels = np.array([0, 1, 0, 1])
+    right, half = [0, 1, 0, 1], [0, 0, 0, 0]
+    scores = [
+        Scores(Cell(2, 0), "last-1", dict.fromkeys(METHODS, right)),
+        Scores(Cell(2, 1), "last-1", dict.fromkeys(METHODS, half)),
+        Scores(Cell(1, 0), "last-1", dict.fromkeys(METHODS, half)),
+    ]
+    table = rows(scores, labels)
+    assert table[0] == {"method": METHODS[0], "shots": 1, "top1_mean": 0.5, "top1_std": 0.0, "seeds": 1}
+    assert table[4]["top1_mean"] == 0.75 and table[4]["top1_std"] == pytest.approx(0.5**0.5 / 2, abs=1e-4)
+    assert "| 2 | 0.750 ± 0.354 |" in markdown(table)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "text"),
+    [
+        (["--shots", "1,x"], 2, "'1,x' must be numbers with commas"),
+        (["--shots", "9"], 1, "9 images per class were asked for, but blue has 3"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(
+    folders: Path, tmp_path: Path, words: list[str], code: int, text: str
+) -> None:
+    result = call(tmp_path / "w", "--real-dir", folders / "pool", "--test-dir", folders / "test", *words)
+    assert result.exit_code == code and text in result.stderr
+
+
+def test_a_test_folder_that_shares_an_image_is_refused(folders: Path, tmp_path: Path) -> None:
+    result = call(tmp_path / "w", "--real-dir", folders / "pool", "--test-dir", folders / "pool")
+    assert result.exit_code == 1 and "shares 9 image(s)" in result.stderr
+
+
+def test_the_digits_are_split_without_loss(tmp_path: Path) -> None:
+    photos, test = write_digits(tmp_path, 3, 1)
+    assert set(photos.counts().values()) == {3} and len(photos) + len(test) == 1797
+    again, _ = write_digits(tmp_path / "again", 3, 1)
+    assert again.digest == photos.digest
+    assert ImageSet.scan(tmp_path / "few_shots").digest == photos.digest
