@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
@@ -155,8 +155,8 @@ def compare(
         jobs: processes, each with its share of the processor's cores.
 
     Returns:
-        `rows` (method, shots, top1_mean, top1_std, seeds), `cells` with every top-1, path and confusion
-        matrix, `classes`, `n_test` and `versions`.
+        `rows` (see `rows`), `paired` (see `paired`), `cells` with every top-1, path and confusion matrix,
+        `classes`, `n_test`, `settings` and `versions`.
 
     Raises:
         DataError: the test folder shares an image with the pool, or a class has too few photos.
@@ -169,6 +169,7 @@ def compare(
     scores.sort(key=lambda one: (one.cell.shots, one.cell.seed))
     return {
         "rows": rows(scores, test.labels),
+        "paired": paired(scores, test.labels),
         "cells": [_described(one, test) for one in scores],
         "classes": list(test.classes),
         "n_test": len(test),
@@ -192,26 +193,59 @@ def _measured(
 
 
 def rows(scores: Sequence[Scores], labels: np.ndarray) -> list[dict[str, Any]]:
-    """Mean and standard deviation (of a sample, n - 1) over the seeds, per method and number of shots."""
-    table = []
-    for shots in sorted({one.cell.shots for one in scores}):
-        for method in METHODS:
-            of_seeds = [
-                metrics.top1(np.array(one.predicted[method]), labels)
-                for one in scores
-                if one.cell.shots == shots
-            ]
-            spread = float(np.std(of_seeds, ddof=1)) if len(of_seeds) > 1 else 0.0
-            table.append(
-                {
-                    "method": method,
-                    "shots": shots,
-                    "top1_mean": round(float(np.mean(of_seeds)), 4),
-                    "top1_std": round(spread, 4),
-                    "seeds": len(of_seeds),
-                }
-            )
-    return table
+    """The table: one row per number of shots and method.
+
+    Args:
+        scores: of every cell.
+        labels: true class indices of the test images.
+
+    Returns:
+        method, shots, top1_mean, top1_std (of a sample, n - 1), seeds, and top1_interval: where 95 % of such
+        intervals hold the mean over all draws (Student's t); None for one draw.
+    """
+    return [
+        {
+            "method": method,
+            "shots": shots,
+            "top1_mean": round(float(of_draws.mean()), 4),
+            "top1_std": round(float(of_draws.std(ddof=1)), 4) if len(of_draws) > 1 else 0.0,
+            "top1_interval": metrics.mean_interval(of_draws),
+            "seeds": len(of_draws),
+        }
+        for shots in sorted({one.cell.shots for one in scores})
+        for method in METHODS
+        for of_draws in [_of_draws(scores, shots, method, labels)]
+    ]
+
+
+def paired(scores: Sequence[Scores], labels: np.ndarray) -> list[dict[str, Any]]:
+    """How far each method is ahead of the photos alone on the same draws.
+
+    Returns:
+        method, shots, against, ahead (mean difference in top-1) and p_value of the two-sided paired t-test;
+        None where there is one draw or all differences are equal.
+    """
+    return [
+        {
+            "method": method,
+            "shots": shots,
+            "against": FEW_SHOT,
+            "ahead": round(float(differences.mean()), 4),
+            "p_value": metrics.paired_p_value(differences),
+        }
+        for shots in sorted({one.cell.shots for one in scores})
+        for method in METHODS
+        if method != FEW_SHOT
+        for differences in [
+            _of_draws(scores, shots, method, labels) - _of_draws(scores, shots, FEW_SHOT, labels)
+        ]
+    ]
+
+
+def _of_draws(scores: Sequence[Scores], shots: int, method: str, labels: np.ndarray) -> np.ndarray:
+    """Top-1 of a method in every draw of so many shots, in the order of the seeds."""
+    chosen = sorted((one for one in scores if one.cell.shots == shots), key=lambda one: one.cell.seed)
+    return np.array([metrics.top1(np.array(one.predicted[method]), labels) for one in chosen])
 
 
 def _described(scores: Scores, test: ImageSet) -> dict[str, Any]:
@@ -225,14 +259,41 @@ def _described(scores: Scores, test: ImageSet) -> dict[str, Any]:
     }
 
 
-def markdown(table: Sequence[dict[str, Any]]) -> str:
-    """The rows as a Markdown table, one line per number of shots, one column per method."""
-    found = {(row["shots"], row["method"]): row for row in table}
-    lines = [f"| shots | {' | '.join(METHODS)} |", "|---:" + "|---:" * len(METHODS) + "|"]
-    for shots in sorted({row["shots"] for row in table}):
-        cells = [
-            f"{row['top1_mean']:.3f} ± {row['top1_std']:.3f}"
-            for row in (found[shots, method] for method in METHODS)
-        ]
+def markdown(result: Mapping[str, Any]) -> str:
+    """The table as Markdown: a line per number of shots, a column per method, and how far each is ahead."""
+    found = {(row["shots"], row["method"]): row for row in result["rows"]}
+    all_shots = sorted({shots for shots, _ in found})
+    lines = [f"| photos per class | {' | '.join(METHODS)} |", "|---:" * (1 + len(METHODS)) + "|"]
+    for shots in all_shots:
+        cells = [_cell(found[shots, method]) for method in METHODS]
         lines.append(f"| {shots} | {' | '.join(cells)} |")
+    lines += ["", f"Ahead of {FEW_SHOT!r} on the same draws, in points (p of a paired t-test):", ""]
+    for row in result["paired"]:
+        p = "" if row["p_value"] is None else f" (p = {row['p_value']:.3f})"
+        lines.append(f"- {row['method']}, {row['shots']} per class: {100 * row['ahead']:+.1f}{p}")
     return "\n".join(lines)
+
+
+def _cell(row: Mapping[str, Any]) -> str:
+    return f"{row['top1_mean']:.3f}" + (f" ± {row['top1_std']:.3f}" if row["seeds"] > 1 else "")
+
+
+def plot(table: Sequence[dict[str, Any]], path: Path) -> None:
+    """Top-1 over shots, one line per method, with the standard deviation over the draws as error bars."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for method in METHODS:
+        of_method = [row for row in table if row["method"] == method]
+        shots, means, deviations = (
+            [row[key] for row in of_method] for key in ("shots", "top1_mean", "top1_std")
+        )
+        axes.errorbar(shots, means, deviations, label=method, marker="o", capsize=3)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted({row["shots"] for row in table}))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set(xlabel="photos per class", ylabel="top-1 on real test images")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=100)

@@ -57,3 +57,38 @@ def wilson_interval(right: int, total: int, z: float = 1.96) -> tuple[float, flo
     centre = (share + z * z / (2 * total)) / (1 + z * z / total)
     half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / (1 + z * z / total)
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = 15) -> float:
+    """Expected calibration error: how far confidence and accuracy differ, 0..1 (Guo et al. 2017).
+
+    Predictions are sorted into bins of equal width by their confidence; the difference between mean
+    confidence and share of right predictions counts by the number of predictions in the bin.
+
+    Args:
+        confidence: probability of the predicted class, 0..1 [N].
+        right: whether the prediction is right [N].
+        bins: number of bins.
+    """
+    place = np.minimum((confidence * bins).astype(int), bins - 1)
+    surplus = np.bincount(place, weights=confidence - right, minlength=bins)
+    return float(np.abs(surplus).sum() / len(confidence))
+
+
+def mean_interval(values: np.ndarray) -> list[float] | None:
+    """95 % confidence interval of a mean by Student's t; None for a single value."""
+    from scipy.stats import t
+
+    if len(values) < 2:
+        return None
+    half = float(t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
+    return [round(float(values.mean()) - half, 4), round(float(values.mean()) + half, 4)]
+
+
+def paired_p_value(differences: np.ndarray) -> float | None:
+    """Two-sided p of a paired t-test, given the differences; None where they do not vary."""
+    from scipy.stats import ttest_1samp
+
+    if len(differences) < 2 or np.ptp(differences) == 0:
+        return None
+    return round(float(ttest_1samp(differences, 0).pvalue), 4)

@@ -13,10 +13,12 @@ from click.testing import CliRunner
 pytest.importorskip("diffusers")
 pytest.importorskip("onnxruntime")
 
+from PIL import Image
+
 from synthkit.cli import main
 from synthkit.images import ImageSet
 from synthkit.recipes.chain import Workspace
-from synthkit.recipes.compare import ADAPTED, METHODS, Cell, Scores, markdown, rows
+from synthkit.recipes.compare import ADAPTED, BRIDGED, METHODS, Cell, Scores, markdown, paired, rows
 from synthkit.recipes.digits import write_digits
 from tests.tiny_students import colour_folders
 
@@ -84,7 +86,9 @@ def test_what_was_measured_is_not_measured_again(
     arguments = ["--real-dir", folders / "pool", "--test-dir", folders / "test", "--model", tiny_model]
     result = call(workspace, *arguments, *QUICK, "--jobs", "2")
     assert result.exit_code == 0, result.stderr
-    assert markdown(answer["rows"]) in result.stdout
+    assert markdown(answer) in result.stdout
+    assert (workspace / "compare.md").read_text("utf-8").strip() in result.stdout
+    assert Image.open(workspace / "compare.png").size == (600, 400)
     assert {path: path.stat().st_mtime_ns for path in workspace.rglob("*.onnx")} == before
 
 
@@ -97,9 +101,35 @@ def test_rows_are_means_and_sample_deviations_over_the_seeds() -> None:
         Scores(Cell(1, 0), "last-1", dict.fromkeys(METHODS, half)),
     ]
     table = rows(scores, labels)
-    assert table[0] == {"method": METHODS[0], "shots": 1, "top1_mean": 0.5, "top1_std": 0.0, "seeds": 1}
+    assert table[0] == {
+        "method": METHODS[0],
+        "shots": 1,
+        "top1_mean": 0.5,
+        "top1_std": 0.0,
+        "top1_interval": None,
+        "seeds": 1,
+    }
     assert table[4]["top1_mean"] == 0.75 and table[4]["top1_std"] == pytest.approx(0.5**0.5 / 2, abs=1e-4)
-    assert "| 2 | 0.750 ± 0.354 |" in markdown(table)
+    low, high = table[4]["top1_interval"]  # t of one degree of freedom is 12.706
+    assert (low + high) / 2 == pytest.approx(0.75) and high - low == pytest.approx(12.706 * 0.5, abs=1e-2)
+
+
+def test_a_method_is_paired_with_the_photos_alone_by_draw() -> None:
+    labels = np.arange(10)
+
+    def answers(right: int) -> list[int]:
+        return [*range(right), *[-1] * (10 - right)]
+
+    scores = [
+        Scores(Cell(2, seed), "full", {**dict.fromkeys(METHODS, answers(4 + seed)), ADAPTED: answers(ahead)})
+        for seed, ahead in ((1, 7), (0, 5), (2, 9))
+    ]
+    table = {row["method"]: row for row in paired(scores, labels)}
+    assert table[ADAPTED]["ahead"] == pytest.approx(0.2) and table[BRIDGED]["ahead"] == 0
+    # differences .1, .2, .3: t = .2 / (.1 / sqrt(3)) = 3.46 with two degrees of freedom
+    assert table[ADAPTED]["p_value"] == pytest.approx(0.0742, abs=1e-4) and table[BRIDGED]["p_value"] is None
+    text = markdown({"rows": rows(scores, labels), "paired": paired(scores, labels)})
+    assert "| 2 | 0.500 ± 0.100 |" in text and "- adapted bundle, 2 per class: +20.0 (p = 0.074)" in text
 
 
 @pytest.mark.parametrize(

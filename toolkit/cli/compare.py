@@ -50,10 +50,10 @@ def command(
     \b
     Example: synthkit compare --real-dir ./pool --test-dir ./test --shots 1,2,4 --seeds 3
     """
-    from synthkit.artifacts import workspace_lock, write_json
+    from synthkit.artifacts import workspace_lock, write_bytes, write_json
     from synthkit.images import ImageSet
     from synthkit.recipes.chain import ChainSettings
-    from synthkit.recipes.compare import Cell, compare, markdown
+    from synthkit.recipes.compare import Cell, compare, plot
 
     found = options.gather_settings(config, values, *_SECTIONS)
     settings = ChainSettings(*(found[name] for name in reversed(_SECTIONS)))
@@ -62,5 +62,12 @@ def command(
     with workspace_lock(workspace):
         result = compare(settings, workspace, ImageSet.scan(real_dir), ImageSet.scan(test_dir), cells, jobs)
         write_json(workspace / "compare.json", result)
-    text = f"top-1 on {result['n_test']} test images\n\n{markdown(result['rows'])}\n"
-    return options.Output(result, f"{text}\n{workspace / 'compare.json'}")
+        write_bytes(workspace / "compare.md", (text := _text(result)).encode())
+        plot(result["rows"], workspace / "compare.png")
+    return options.Output(result, f"{text}\nalso in {workspace / 'compare'}.json, .md and .png")
+
+
+def _text(result: dict[str, Any]) -> str:
+    from synthkit.recipes.compare import markdown
+
+    return f"Top-1 on {result['n_test']} real test images\n\n{markdown(result)}\n"
