@@ -10,32 +10,35 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from synthkit import metrics
 from synthkit.artifacts import Request, StageResult, run_stage, versions, write_json
+from synthkit.engines.bundle import Bundle
 from synthkit.images import ImageSet, check_disjoint, k_shot
-from synthkit.recipes.chain import ChainSettings, Workspace, run_chain
+from synthkit.recipes.chain import ChainSettings, Workspace, run_chain, words_for_prompts
+from synthkit.recipes.evaluate import predict_labels
+from synthkit.recipes.generate import generate
 from synthkit.recipes.train import SYNTHETIC, Material, synthetic_steps, train, untrained_student
 
-if TYPE_CHECKING:
-    from synthkit.students import Student
+FEW_SHOT, PLAIN, SYNTHETIC_ONLY, BRIDGED, ADAPTED = "few-shot", "plain", "synthetic", "bridged++", "adapted"
 
-FEW_SHOT, SYNTHETIC_ONLY, BRIDGED, ADAPTED = (
-    "few-shot only",
-    "synthetic only",
-    "bridged++",
-    "adapted bundle",
-)
-METHODS = (FEW_SHOT, SYNTHETIC_ONLY, BRIDGED, ADAPTED)
+#: Method -> what it is, in the order of the tables.
+METHODS = {
+    FEW_SHOT: "few-shot only, same number of steps",
+    PLAIN: "synthetic only, plain prompts",
+    SYNTHETIC_ONLY: "synthetic only, learned style",
+    BRIDGED: "bridged++",
+    ADAPTED: "adapted bundle",
+}
 
 _PREDICTIONS = "predictions.json"
 
@@ -64,7 +67,12 @@ class Scores:
 
 
 def measure(
-    settings: ChainSettings, place: Workspace, photos: ImageSet, test: ImageSet, force: bool = False
+    settings: ChainSettings,
+    place: Workspace,
+    photos: ImageSet,
+    test: ImageSet,
+    methods: Sequence[str],
+    force: bool = False,
 ) -> tuple[list[StageResult], dict[str, np.ndarray]]:
     """Run the chain and the methods it is compared with on one draw of photos.
 
@@ -73,21 +81,21 @@ def measure(
         place: the draw's workspace.
         photos: real few shots.
         test: real test images, looked at only here and only to measure.
+        methods: which of `METHODS`.
         force: adapt and export again even when nothing changed.
 
     Returns:
         The chain's stages, and method -> predicted class index of every test image.
     """
-    from synthkit.engines.bundle import Bundle
-    from synthkit.recipes.evaluate import predict_labels
-    from synthkit.students import load_student
-
     stages = run_chain(settings, place, photos, force=force)
-    alone = few_shot_only(settings, place, photos)
-    students = {FEW_SHOT: alone, SYNTHETIC_ONLY: place.student / SYNTHETIC, BRIDGED: place.student}
-    predicted = {method: _answers(load_student(folder), test) for method, folder in students.items()}
-    predicted[ADAPTED] = predict_labels(Bundle.open(place.bundle), test)
-    return stages, predicted
+    answer: dict[str, Callable[[], np.ndarray]] = {
+        FEW_SHOT: lambda: _answers(few_shot_only(settings, place, photos), test),
+        PLAIN: lambda: _answers(plain_prompts(settings, place, photos) / SYNTHETIC, test),
+        SYNTHETIC_ONLY: lambda: _answers(place.student / SYNTHETIC, test),
+        BRIDGED: lambda: _answers(place.student, test),
+        ADAPTED: lambda: predict_labels(Bundle.open(place.bundle), test),
+    }
+    return stages, {method: answer[method]() for method in METHODS if method in methods}
 
 
 def few_shot_only(settings: ChainSettings, place: Workspace, photos: ImageSet) -> Path:
@@ -99,7 +107,18 @@ def few_shot_only(settings: ChainSettings, place: Workspace, photos: ImageSet) -
     return train(alone, Material(None, photos), place.root / "few_shot_only").out
 
 
-def _answers(student: Student, images: ImageSet) -> np.ndarray:
+def plain_prompts(settings: ChainSettings, place: Workspace, photos: ImageSet) -> Path:
+    """The student that sees as many synthetic images as the chain's, drawn without the learned style."""
+    words = words_for_prompts(settings.engines, photos)
+    folder = place.root / "plain_prompts"
+    drawn = generate(settings.generate, place.engines, words, None, folder / "synthetic")
+    return train(settings.train, Material(ImageSet.scan(drawn.out), None), folder / "student").out
+
+
+def _answers(student_dir: Path, images: ImageSet) -> np.ndarray:
+    from synthkit.students import load_student
+
+    student = load_student(student_dir)
     pixels = images.with_classes(student.classes).load(student.preprocessing)
     return np.asarray(student.logits(pixels).argmax(1).numpy())
 
@@ -115,7 +134,14 @@ def seeded(settings: ChainSettings, seed: int) -> ChainSettings:
     )
 
 
-def run_cell(settings: ChainSettings, root: Path, pool: ImageSet, test: ImageSet, cell: Cell) -> Scores:
+def run_cell(
+    settings: ChainSettings,
+    root: Path,
+    pool: ImageSet,
+    test: ImageSet,
+    methods: Sequence[str],
+    cell: Cell,
+) -> Scores:
     """Draw a cell's photos and measure every method on them, or find them measured.
 
     Args:
@@ -123,16 +149,17 @@ def run_cell(settings: ChainSettings, root: Path, pool: ImageSet, test: ImageSet
         root: holds the cells' workspaces.
         pool: real photos to draw from.
         test: real test images.
+        methods: which of `METHODS`.
         cell: which draw.
     """
     photos = pool.subset(k_shot(pool, cell.shots, cell.seed))
     place = Workspace(root / f"{cell.shots}-shot-{cell.seed}")
     own = seeded(settings, cell.seed)
     inputs = {"photos": photos.digest, "test": test.digest}
-    request = Request("compare", place.root / "scores", inputs, asdict(own))
+    request = Request("compare", place.root / "scores", inputs, {**asdict(own), "methods": list(methods)})
 
     def produce(work: Path) -> dict[str, Any]:
-        stages, predicted = measure(own, place, photos, test)
+        stages, predicted = measure(own, place, photos, test, methods)
         write_json(work / _PREDICTIONS, {method: one.tolist() for method, one in predicted.items()})
         return {"path": stages[-2].manifest.metrics["path"]}
 
@@ -142,7 +169,13 @@ def run_cell(settings: ChainSettings, root: Path, pool: ImageSet, test: ImageSet
 
 
 def compare(
-    settings: ChainSettings, root: Path, pool: ImageSet, test: ImageSet, cells: Sequence[Cell], jobs: int = 1
+    settings: ChainSettings,
+    root: Path,
+    pool: ImageSet,
+    test: ImageSet,
+    methods: Sequence[str],
+    cells: Sequence[Cell],
+    jobs: int = 1,
 ) -> dict[str, Any]:
     """Measure all cells.
 
@@ -151,12 +184,13 @@ def compare(
         root: the workspace.
         pool: real photos to draw from.
         test: real test images, of the same classes.
+        methods: which of `METHODS`.
         cells: the draws.
         jobs: processes, each with its share of the processor's cores.
 
     Returns:
         `rows` (see `rows`), `paired` (see `paired`), `cells` with every top-1, path and confusion matrix,
-        `classes`, `n_test`, `settings` and `versions`.
+        `classes`, `n_test`, `settings` and `versions`; a confusion matrix has a row per true class.
 
     Raises:
         DataError: the test folder shares an image with the pool, or a class has too few photos.
@@ -165,7 +199,7 @@ def compare(
     for cell in cells:
         k_shot(pool, cell.shots, cell.seed)  # refuses what cannot be drawn before any work
     test = test.with_classes(pool.classes)
-    scores = list(_measured(settings, root, pool, test, cells, jobs))
+    scores = list(_measured((settings, root, pool, test, methods), cells, jobs))
     scores.sort(key=lambda one: (one.cell.shots, one.cell.seed))
     return {
         "rows": rows(scores, test.labels),
@@ -178,16 +212,15 @@ def compare(
     }
 
 
-def _measured(
-    settings: ChainSettings, root: Path, pool: ImageSet, test: ImageSet, cells: Sequence[Cell], jobs: int
-) -> Iterator[Scores]:
+def _measured(common: tuple[Any, ...], cells: Sequence[Cell], jobs: int) -> Iterator[Scores]:
+    """`run_cell` with its common arguments on every cell, in this process or in several."""
     if jobs == 1:
-        yield from (run_cell(settings, root, pool, test, cell) for cell in cells)
+        yield from (run_cell(*common, cell) for cell in cells)
         return
     threads = max(1, (os.cpu_count() or 1) // jobs)
     os.environ |= {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}  # read by the child processes
-    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool_of_processes:
-        tasks = [pool_of_processes.submit(run_cell, settings, root, pool, test, cell) for cell in cells]
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as processes:
+        tasks = [processes.submit(run_cell, *common, cell) for cell in cells]
         for task in tqdm(as_completed(tasks), total=len(tasks), desc="compare", unit="cell", disable=False):
             yield task.result()
 
@@ -213,33 +246,38 @@ def rows(scores: Sequence[Scores], labels: np.ndarray) -> list[dict[str, Any]]:
             "seeds": len(of_draws),
         }
         for shots in sorted({one.cell.shots for one in scores})
-        for method in METHODS
+        for method in _methods(scores)
         for of_draws in [_of_draws(scores, shots, method, labels)]
     ]
 
 
 def paired(scores: Sequence[Scores], labels: np.ndarray) -> list[dict[str, Any]]:
-    """How far each method is ahead of the photos alone on the same draws.
+    """How far each method is ahead of the first one of the table on the same draws.
 
     Returns:
         method, shots, against, ahead (mean difference in top-1) and p_value of the two-sided paired t-test;
         None where there is one draw or all differences are equal.
     """
+    first, *others = _methods(scores)
     return [
         {
             "method": method,
             "shots": shots,
-            "against": FEW_SHOT,
+            "against": first,
             "ahead": round(float(differences.mean()), 4),
             "p_value": metrics.paired_p_value(differences),
         }
         for shots in sorted({one.cell.shots for one in scores})
-        for method in METHODS
-        if method != FEW_SHOT
+        for method in others
         for differences in [
-            _of_draws(scores, shots, method, labels) - _of_draws(scores, shots, FEW_SHOT, labels)
+            _of_draws(scores, shots, method, labels) - _of_draws(scores, shots, first, labels)
         ]
     ]
+
+
+def _methods(scores: Sequence[Scores]) -> list[str]:
+    """The methods that were measured, in the order of the tables."""
+    return [method for method in METHODS if method in scores[0].predicted]
 
 
 def _of_draws(scores: Sequence[Scores], shots: int, method: str, labels: np.ndarray) -> np.ndarray:
@@ -250,24 +288,27 @@ def _of_draws(scores: Sequence[Scores], shots: int, method: str, labels: np.ndar
 
 def _described(scores: Scores, test: ImageSet) -> dict[str, Any]:
     predicted = {method: np.array(one) for method, one in scores.predicted.items()}
-    confusion = metrics.confusion(predicted[ADAPTED], test.labels, len(test.classes))
     return {
         **asdict(scores.cell),
         "path": scores.path,
         "top1": {method: round(metrics.top1(one, test.labels), 4) for method, one in predicted.items()},
-        "confusion": confusion.tolist(),
+        "confusion": {
+            method: metrics.confusion(one, test.labels, len(test.classes)).tolist()
+            for method, one in predicted.items()
+        },
     }
 
 
 def markdown(result: Mapping[str, Any]) -> str:
     """The table as Markdown: a line per number of shots, a column per method, and how far each is ahead."""
     found = {(row["shots"], row["method"]): row for row in result["rows"]}
-    all_shots = sorted({shots for shots, _ in found})
-    lines = [f"| photos per class | {' | '.join(METHODS)} |", "|---:" * (1 + len(METHODS)) + "|"]
-    for shots in all_shots:
-        cells = [_cell(found[shots, method]) for method in METHODS]
+    methods = list(dict.fromkeys(row["method"] for row in result["rows"]))
+    lines = [f"| photos per class | {' | '.join(methods)} |", "|---:" * (1 + len(methods)) + "|"]
+    for shots in sorted({shots for shots, _ in found}):
+        cells = [_cell(found[shots, method]) for method in methods]
         lines.append(f"| {shots} | {' | '.join(cells)} |")
-    lines += ["", f"Ahead of {FEW_SHOT!r} on the same draws, in points (p of a paired t-test):", ""]
+    if result["paired"]:
+        lines += ["", f"Ahead of {methods[0]} on the same draws, in points (p of a paired t-test):", ""]
     for row in result["paired"]:
         p = "" if row["p_value"] is None else f" (p = {row['p_value']:.3f})"
         lines.append(f"- {row['method']}, {row['shots']} per class: {100 * row['ahead']:+.1f}{p}")
@@ -284,12 +325,12 @@ def plot(table: Sequence[dict[str, Any]], path: Path) -> None:
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for method in METHODS:
+    for method in dict.fromkeys(row["method"] for row in table):
         of_method = [row for row in table if row["method"] == method]
         shots, means, deviations = (
             [row[key] for row in of_method] for key in ("shots", "top1_mean", "top1_std")
         )
-        axes.errorbar(shots, means, deviations, label=method, marker="o", capsize=3)
+        axes.errorbar(shots, means, deviations, label=METHODS[method], marker="o", capsize=3)
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted({row["shots"] for row in table}))
     axes.xaxis.set_major_formatter("{x:g}")

@@ -19,11 +19,12 @@ from synthkit.artifacts import StageResult
 from synthkit.images import ImageSet, contact_sheet
 from synthkit.metrics import top1
 from synthkit.recipes.chain import ChainSettings, Workspace, words_for_prompts
-from synthkit.recipes.compare import measure
+from synthkit.recipes.compare import ADAPTED, BRIDGED, FEW_SHOT, METHODS, SYNTHETIC_ONLY, measure
 from synthkit.recipes.generate import generate
 
 SHEET = "contact_sheet.png"
 _PER_ROW = 16
+_COMPARED = (FEW_SHOT, SYNTHETIC_ONLY, BRIDGED, ADAPTED)
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ def run_demo(
         test: real test images, looked at only here and only to measure.
         force: adapt and export again even when nothing changed.
     """
-    stages, predicted = measure(settings, place, photos, test, force)
-    rows = [DemoRow(method, top1(one, test.labels)) for method, one in predicted.items()]
+    stages, predicted = measure(settings, place, photos, test, _COMPARED, force)
+    rows = [DemoRow(METHODS[method], top1(one, test.labels)) for method, one in predicted.items()]
     path = stages[-2].manifest.metrics["path"]
     return DemoResult(stages, rows, path, len(test), draw_sheet(settings, place, photos))
 

@@ -18,7 +18,7 @@ from PIL import Image
 from synthkit.cli import main
 from synthkit.images import ImageSet
 from synthkit.recipes.chain import Workspace
-from synthkit.recipes.compare import ADAPTED, BRIDGED, METHODS, Cell, Scores, markdown, paired, rows
+from synthkit.recipes.compare import ADAPTED, BRIDGED, FEW_SHOT, METHODS, Cell, Scores, markdown, paired, rows
 from synthkit.recipes.digits import write_digits
 from tests.tiny_students import colour_folders
 
@@ -26,7 +26,7 @@ COLOURS = ("blue", "green", "red")
 QUICK = (
     "--per-class 2 --style-steps 2 --init-word the --generate-steps 1 --epochs 1 --adapt-steps 2 "
     "--real-steps 2 --train-batch-size 6 --style-batch-size 4 --student test_resnet "
-    "--shots 1,2 --seeds 1 --seed 3"
+    "--shots 1,2 --seeds 1 --seed 3 --methods few-shot,plain,synthetic,bridged++,adapted"
 ).split()
 
 
@@ -59,7 +59,7 @@ def test_every_method_answers_for_every_draw(compared: tuple[Path, dict[str, Any
     assert [(cell["shots"], cell["seed"]) for cell in answer["cells"]] == [(1, 3), (2, 3)]
     assert answer["n_test"] == 6 and answer["versions"]["synthkit"]
     for cell in answer["cells"]:
-        confusion = np.array(cell["confusion"])
+        confusion = np.array(cell["confusion"][ADAPTED])
         assert confusion.sum() == 6 and np.trace(confusion) / 6 == pytest.approx(
             cell["top1"][ADAPTED], abs=1e-4
         )
@@ -76,6 +76,8 @@ def test_all_methods_saw_the_draw_and_nothing_else(compared: tuple[Path, dict[st
         alone, bridged = manifests[3]["metrics"], manifests[1]["metrics"]
         assert alone["real_steps"] == bridged["synthetic_steps"] + bridged["real_steps"]
         assert alone["n_synthetic"] == 0 and alone["n_real"] == 3 * shots
+        plain = json.loads((place.root / "plain_prompts/student/manifest.json").read_text("utf-8"))["metrics"]
+        assert (plain["n_synthetic"], plain["n_real"]) == (bridged["n_synthetic"], 0)
 
 
 def test_what_was_measured_is_not_measured_again(
@@ -102,15 +104,15 @@ def test_rows_are_means_and_sample_deviations_over_the_seeds() -> None:
     ]
     table = rows(scores, labels)
     assert table[0] == {
-        "method": METHODS[0],
+        "method": FEW_SHOT,
         "shots": 1,
         "top1_mean": 0.5,
         "top1_std": 0.0,
         "top1_interval": None,
         "seeds": 1,
     }
-    assert table[4]["top1_mean"] == 0.75 and table[4]["top1_std"] == pytest.approx(0.5**0.5 / 2, abs=1e-4)
-    low, high = table[4]["top1_interval"]  # t of one degree of freedom is 12.706
+    assert table[5]["top1_mean"] == 0.75 and table[5]["top1_std"] == pytest.approx(0.5**0.5 / 2, abs=1e-4)
+    low, high = table[5]["top1_interval"]  # t of one degree of freedom is 12.706
     assert (low + high) / 2 == pytest.approx(0.75) and high - low == pytest.approx(12.706 * 0.5, abs=1e-2)
 
 
@@ -129,13 +131,14 @@ def test_a_method_is_paired_with_the_photos_alone_by_draw() -> None:
     # differences .1, .2, .3: t = .2 / (.1 / sqrt(3)) = 3.46 with two degrees of freedom
     assert table[ADAPTED]["p_value"] == pytest.approx(0.0742, abs=1e-4) and table[BRIDGED]["p_value"] is None
     text = markdown({"rows": rows(scores, labels), "paired": paired(scores, labels)})
-    assert "| 2 | 0.500 ± 0.100 |" in text and "- adapted bundle, 2 per class: +20.0 (p = 0.074)" in text
+    assert "| 2 | 0.500 ± 0.100 |" in text and "- adapted, 2 per class: +20.0 (p = 0.074)" in text
 
 
 @pytest.mark.parametrize(
     ("words", "code", "text"),
     [
         (["--shots", "1,x"], 2, "'1,x' must be numbers with commas"),
+        (["--methods", "bridged"], 2, "no method 'bridged'; did you mean bridged++"),
         (["--shots", "9"], 1, "9 images per class were asked for, but blue has 3"),
     ],
 )

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from synthkit.cli import options
+from synthkit.errors import nearest
 
 _SECTIONS = ("adapt", "train", "generate", "learn-style", "build-engines")
 
@@ -19,9 +20,28 @@ def _numbers(_context: click.Context, _option: click.Parameter, text: str) -> li
     return sorted({int(part) for part in parts})
 
 
+def _method_names(_context: click.Context, _option: click.Parameter, text: str) -> list[str]:
+    from synthkit.recipes.compare import METHODS
+
+    names = [name.strip() for name in text.split(",")]
+    unknown = [name for name in names if name not in METHODS]
+    if unknown:
+        raise click.BadParameter(
+            f"no method {unknown[0]!r}{nearest(unknown[0], METHODS)}; there are {', '.join(METHODS)}"
+        )
+    return names
+
+
 @options.command("compare")
 @options.settings_options(*_SECTIONS)
 @click.option("--config", type=click.Path(path_type=Path), help="TOML recipe with the settings.")
+@click.option(
+    "--methods",
+    callback=_method_names,
+    default="few-shot,synthetic,bridged++,adapted",
+    show_default=True,
+    help="What to compare; also: plain (prompts without the learned style).",
+)
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Cells at a time.")
 @click.option(
     "--seeds", type=click.IntRange(1), default=3, show_default=True, help="Draws per number of shots."
@@ -39,6 +59,7 @@ def command(
     test_dir: Path,
     shots: list[int],
     seeds: int,
+    methods: list[str],
     jobs: int,
     config: Path | None,
     **values: Any,
@@ -60,7 +81,8 @@ def command(
     first = settings.adapt.seed
     cells = [Cell(count, seed) for count in shots for seed in range(first, first + seeds)]
     with workspace_lock(workspace):
-        result = compare(settings, workspace, ImageSet.scan(real_dir), ImageSet.scan(test_dir), cells, jobs)
+        pool, test = ImageSet.scan(real_dir), ImageSet.scan(test_dir)
+        result = compare(settings, workspace, pool, test, methods, cells, jobs)
         write_json(workspace / "compare.json", result)
         write_bytes(workspace / "compare.md", (text := _text(result)).encode())
         plot(result["rows"], workspace / "compare.png")
