@@ -196,10 +196,17 @@ def test_the_full_path_learns_the_photos_that_were_given(trained: Path, tmp_path
     assert moved(run(trained, others, tmp_path / "adapted", path="full").out, trained)
 
 
-def test_one_photo_of_a_class_leaves_nothing_to_hold_out(trained: Path, tmp_path: Path) -> None:
-    metrics = run(trained, scan(tmp_path / "one", 1, 5), tmp_path / "adapted").manifest.metrics
-    assert (metrics["path"], metrics["steps"], metrics["cross_validation"]) == ("last-1", 8, [])
+def test_one_photo_of_a_class_leaves_nothing_to_hold_out(
+    trained: Path, good: Student, tmp_path: Path
+) -> None:
+    """What knows the classes stays as it is; a new head has to learn."""
+    one = scan(tmp_path / "one", 1, 5)
+    metrics = run(trained, one, tmp_path / "adapted").manifest.metrics
+    assert (metrics["path"], metrics["steps"], metrics["cross_validation"]) == ("unchanged", 0, [])
     assert "one photo" in metrics["reason"]
+    settings = replace(TRAINING, weights=str(saved(good, tmp_path / "weights")))
+    fresh = adapt(SETTINGS, settings, None, one, tmp_path / "fresh").manifest.metrics
+    assert (fresh["path"], fresh["steps"]) == ("last-1", 8)
 
 
 def test_no_steps_on_real_photos_is_a_choice_too(good: Student, photos: ImageSet) -> None:
