@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 
 BIN := $(VENV)/bin
-EXTRAS := cpu,train,dev
+EXTRAS := cpu,serve,train,dev
 # The stamp carries what was installed, so that only a change of these files installs again.
 READY := $(VENV)/.ready-$(shell cat pyproject.toml setup.py constraints.txt | cksum | cut -d ' ' -f 1)
 

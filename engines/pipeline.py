@@ -1,29 +1,46 @@
 """Drawing images with engines: prompts to embeddings once, then the sampling loop and the VAE in batches.
 
-    prompts + style ──tokenizer, text encoder──► embeddings ┐
-    seeds ──one NumPy generator per image──► latents ───────┴─► scheduler × UNet ──VAE decoder──► uint8
+    prompts + style ──tokenizers, text encoders──► embeddings ┐
+    seeds ──one NumPy generator per image──► latents ─────────┴─► scheduler × UNet ──VAE decoder──► uint8
 
-The scheduler is diffusers' own, and the only user of torch here. On the CPU an image depends on its own seed
-and embedding alone, bit for bit: ONNX Runtime's kernels do not mix images, and sum in the same order whatever
-the batch. On a GPU the kernels may be chosen by batch size, and images then agree to rounding only.
+The scheduler is diffusers' own. On the CPU an image depends on its own seed and embedding alone, bit for bit:
+ONNX Runtime's kernels do not mix images, and sum in the same order whatever the batch. On a GPU the kernels
+may be chosen by batch size, and images then agree to rounding only.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from synthkit.engines.session import OrtSession, Session, open_session
+from synthkit.engines.denoiser import Denoiser, open_decoder, open_denoiser, run_typed
+from synthkit.engines.session import Session, existing_engine, open_session, settled_provider, usable_threads
 from synthkit.engines.spec import Geometry, read_geometry
-from synthkit.engines.vocabulary import with_rows
-from synthkit.errors import EngineError, MissingExtra, ModelError
-from synthkit.models import INDEX
+from synthkit.engines.tensorrt_session import has_plans, open_plan
+from synthkit.engines.texts import (
+    TextEmbeddings,
+    embed,
+    read_embeddings,
+    read_tokenizer,
+    text_key,
+    unconditional,
+    write_embeddings,
+)
+from synthkit.errors import EngineError, MissingExtra
 from synthkit.style import StyleToken
+
+_SMALL_UNET = 64 * 2**20
+"""Bytes of weights up to which all cores draw parts of a batch of their own. The operators of so small a
+network are too short to be shared; larger weights would have to pass through the cache once per core."""
+
+_PART = 32  # images of such a part at the most: activations that a core's cache still holds
+_FLAT = 1 / 255  # a picture whose values, 0 to 1, all lie so close together is one colour
 
 
 class EnginePipeline:
@@ -31,23 +48,37 @@ class EnginePipeline:
 
     Args:
         folder: the engines folder.
-        provider: "cpu", "cuda" or "auto".
+        provider: "cpu", "cuda", "tensorrt" (ONNX Runtime's), "plan" (TensorRT's own) or "auto", which takes
+            the folder's plans where it has any.
 
     Attributes:
         folder: the engines folder.
         geometry: the pipeline's sizes.
-        provider: what computes: "cpu" or "cuda".
+        provider: what computes.
+        workers: parts of a batch that are drawn at the same time.
     """
 
     def __init__(self, folder: Path, provider: str = "auto") -> None:
         self.folder = folder
         self.geometry: Geometry = read_geometry(folder)
-        self._unet: Session = self._session("unet", provider)
-        self.provider = self._unet.provider  # the other networks go where the UNet went
-        self._decoder: Session = self._session("vae_decoder", self.provider)
+        self._unet = existing_engine(folder / "unet" / "model.onnx")
+        decoder = existing_engine(folder / "vae_decoder" / "model.onnx")
+        self._plans = provider == "plan" or (provider == "auto" and has_plans(folder))
+        # Every network goes where the decoder can go.
+        self.provider = "plan" if self._plans else settled_provider(decoder, provider)
+        self._text_provider = "auto" if self._plans else self.provider  # text encoders get no plan
+        self.workers = self._worker_count()
+        self._threads = 1 if self.workers > 1 else None
+        self._decoder: Session = (
+            open_plan(folder, "vae_decoder")
+            if self._plans
+            else open_decoder(decoder, self.provider, self._threads)
+        )
+        self._denoiser: Denoiser | None = None
         self._scheduler_config = _read_scheduler(folder)
-        self._tokenizer = _tokenizer(folder)
-        self._unconditional: np.ndarray | None = None
+        for text in self.geometry.texts:
+            read_tokenizer(folder, text.tokenizer)
+        self._unconditional: TextEmbeddings | None = None
 
     @classmethod
     def open(cls, engines_dir: Path, provider: str = "auto") -> EnginePipeline:
@@ -69,40 +100,45 @@ class EnginePipeline:
 
     def close(self) -> None:
         """Give the engines' memory back."""
-        self._unet.close()
+        if self._denoiser:
+            self._denoiser.close()
         self._decoder.close()
 
-    def embed(self, prompts: Sequence[str], style: StyleToken | None = None) -> np.ndarray:
-        """Text embeddings of prompts; the text encoder is loaded for this call alone.
+    def embed(
+        self, prompts: Sequence[str], style: StyleToken | None = None, kept: Path | None = None
+    ) -> TextEmbeddings:
+        """Text embeddings of prompts; the text encoders are loaded for this call alone.
 
         Args:
             prompts: texts; the style's token may stand in them.
             style: a token to add to the vocabulary.
-
-        Returns:
-            float32 [prompts, tokens, width].
+            kept: a file that keeps them; where it holds them already, the text encoders do not run.
 
         Raises:
             ModelError: the style has another width, or a prompt is too long.
         """
-        tokenizer, encoder = self._tokenizer, None
-        if style is not None:
-            style.check_width(self.geometry.width)
-            tokenizer = _tokenizer(self.folder)  # a fresh one, so that the next style finds no old tokens
-            ids = _add_words(tokenizer, style)
-            path = self.folder / "text_encoder" / "model.onnx"
-            content = with_rows(path, dict(zip(ids, style.vectors, strict=True)))
-            encoder = open_session(content, self.provider, data_folder=path.parent)
-            prompts = [prompt.replace(style.token, " ".join(style.words)) for prompt in prompts]
-        encoder = encoder or self._session("text_encoder", self.provider)
-        # One prompt at a time: its embedding then cannot depend on which others are asked for.
-        embeddings = [_encode(encoder, self._token_ids(tokenizer, prompt)) for prompt in prompts]
-        encoder.close()
-        return np.concatenate(embeddings)
+        if kept is None:
+            return embed(self.folder, self.geometry, prompts, style, self._text_provider)
+        key = text_key(self.folder, self.geometry, prompts, style, self._text_provider)
+        found = read_embeddings(kept, key)
+        if found is None:
+            found = (
+                embed(self.folder, self.geometry, prompts, style, self._text_provider),
+                self.unconditional(),
+            )
+            write_embeddings(kept, key, *found)
+        self._unconditional = found[1]
+        return found[0]
+
+    def unconditional(self) -> TextEmbeddings:
+        """The embedding of no prompt, one row; computed once."""
+        if self._unconditional is None:
+            self._unconditional = unconditional(self.folder, self.geometry, self._text_provider)
+        return self._unconditional
 
     def draw(
         self,
-        embeddings: np.ndarray,
+        embeddings: TextEmbeddings,
         seeds: Sequence[int],
         steps: int,
         guidance: float,
@@ -111,7 +147,7 @@ class EnginePipeline:
         """One batch of images.
 
         Args:
-            embeddings: float32 [n, tokens, width].
+            embeddings: of n prompts.
             seeds: n seeds of the initial latents.
             steps: denoising steps.
             guidance: guidance scale; at 1 or less the unconditional half is not computed.
@@ -121,19 +157,34 @@ class EnginePipeline:
             uint8 [n, height, width, 3].
 
         Raises:
-            EngineError: names the images that came out as NaN or infinite.
+            EngineError: names the images that came out as NaN or infinite, or of one colour.
         """
-        latents = self.sample(embeddings, self.initial_latents(seeds), steps, guidance, seeds)
-        images = self.decode(latents)
-        broken = ~np.isfinite(images).all(axis=(1, 2, 3))
-        if broken.any():
-            labels = names or [f"of seed {seed}" for seed in seeds]
-            listed = ", ".join(label for label, bad in zip(labels, broken, strict=True) if bad)
-            raise EngineError(
-                f"{broken.sum()} of {len(images)} images came out as NaN or infinite: {listed}; "
-                "rebuild the engines with --precision fp32"
-            )
+        self.prepare(guidance)
+
+        def part(rows: slice) -> np.ndarray:
+            noise = self.initial_latents(seeds[rows])
+            return self.decode(self.sample(embeddings.take(rows), noise, steps, guidance, seeds[rows]))
+
+        with ThreadPoolExecutor(self.workers) as pool:
+            images = np.concatenate(list(pool.map(part, self._parts(len(seeds)))))
+        _check_images(images, names or [f"of seed {seed}" for seed in seeds])
         return _to_uint8(images)
+
+    def prepare(self, guidance: float) -> Denoiser:
+        """Load the UNet for loops with this guidance; `draw` and `sample` do it where it is not done yet."""
+        guided = guidance > 1
+        if guided:
+            self.unconditional()
+        if self._denoiser and self._denoiser.guided != guided:
+            self._denoiser.close()
+            self._denoiser = None
+        if self._denoiser is None:
+            self._denoiser = (
+                Denoiser(open_plan(self.folder, "unet"), guided)
+                if self._plans
+                else open_denoiser(self._unet, self.provider, guided, self._threads)
+            )
+        return self._denoiser
 
     def initial_latents(self, seeds: Sequence[int]) -> np.ndarray:
         """Unit noise of every image from its own seed: float32 [n, channels, side, side]."""
@@ -142,12 +193,17 @@ class EnginePipeline:
         return np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams])
 
     def sample(
-        self, embeddings: np.ndarray, latents: np.ndarray, steps: int, guidance: float, seeds: Sequence[int]
+        self,
+        embeddings: TextEmbeddings,
+        latents: np.ndarray,
+        steps: int,
+        guidance: float,
+        seeds: Sequence[int],
     ) -> np.ndarray:
         """The sampling loop.
 
         Args:
-            embeddings: float32 [n, tokens, width].
+            embeddings: of n prompts.
             latents: float32 [n, channels, side, side], unit noise.
             steps: denoising steps.
             guidance: guidance scale; at 1 or less the unconditional half is not computed.
@@ -158,40 +214,52 @@ class EnginePipeline:
         """
         import torch
 
-        guided = guidance > 1
+        denoiser = self.prepare(guidance)
+        step = denoiser.bind(self._texts(embeddings, denoiser.guided), latents.shape, guidance)
         scheduler, extra = self._new_scheduler(seeds)
         scheduler.set_timesteps(steps)
-        text = np.concatenate([self._unconditional_like(embeddings), embeddings]) if guided else embeddings
-        state = torch.from_numpy(latents) * scheduler.init_noise_sigma
+        state = torch.from_numpy(latents).to(denoiser.device) * scheduler.init_noise_sigma
         for time in scheduler.timesteps:
-            scaled = scheduler.scale_model_input(state, time).numpy()
-            output = self._predict(np.concatenate([scaled, scaled]) if guided else scaled, float(time), text)
-            if guided:
-                without, within = np.split(output, 2)
-                output = without + np.float32(guidance) * (within - without)
-            state = scheduler.step(torch.from_numpy(output), time, state, **extra).prev_sample
-        return np.asarray(state.numpy(), dtype=np.float32)
+            output = step(scheduler.scale_model_input(state, time), float(time))
+            state = scheduler.step(output, time, state, **extra, return_dict=False)[0]
+        return np.asarray(state.cpu().numpy(), dtype=np.float32)
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Images of clean latents: float [n, 3, height, width], -1 to 1."""
         scaled = latents / np.float32(self.geometry.scaling) + np.float32(self.geometry.shift)
-        return _run(self._decoder, {"latent_sample": scaled}, "sample")
+        return run_typed(self._decoder, {"latent_sample": scaled})["sample"].astype(np.float32, copy=False)
 
     def vae_encoder(self) -> Session:
         """The VAE encoder, loaded for the caller, who closes it."""
-        return self._session("vae_encoder", self.provider)
+        if self._plans:
+            return open_plan(self.folder, "vae_encoder")
+        return open_session(self.folder / "vae_encoder" / "model.onnx", self.provider)
 
-    def _session(self, component: str, provider: str) -> OrtSession:
-        return open_session(self.folder / component / "model.onnx", provider)
+    def _worker_count(self) -> int:
+        weights = sum(path.stat().st_size for path in self._unet.parent.glob("model.onnx*"))
+        return usable_threads() if self.provider == "cpu" and weights <= _SMALL_UNET else 1
 
-    def _predict(self, latents: np.ndarray, time: float, text: np.ndarray) -> np.ndarray:
-        feeds = {"sample": latents, "timestep": np.asarray(time), "encoder_hidden_states": text}
-        return _run(self._unet, feeds, "out_sample")
+    def _parts(self, count: int) -> Iterator[slice]:
+        """A batch cut into even parts, as many for each worker."""
+        rounds = -(-count // (self.workers * _PART)) if self.workers > 1 else 1
+        size = -(-count // (self.workers * rounds))
+        return (slice(start, start + size) for start in range(0, count, size))
 
-    def _unconditional_like(self, embeddings: np.ndarray) -> np.ndarray:
-        if self._unconditional is None:
-            self._unconditional = self.embed([""])
-        return np.broadcast_to(self._unconditional, embeddings.shape)
+    def _texts(self, embeddings: TextEmbeddings, guided: bool) -> dict[str, np.ndarray]:
+        """What the UNet is told beside sample and timestep; the unconditional half first under guidance."""
+        count, pixels = len(embeddings), self.geometry.image
+        parts = [embeddings]
+        if guided:
+            parts.insert(0, self.unconditional().take([0] * count))
+        hidden = np.concatenate([part.hidden for part in parts])
+        if not self.geometry.pooled:
+            return {"encoder_hidden_states": hidden}
+        whole = np.array([pixels, pixels, 0, 0, pixels, pixels], np.float32)  # neither scaled nor cropped
+        return {
+            "encoder_hidden_states": hidden,
+            "text_embeds": np.concatenate([part.pooled for part in parts]),
+            "time_ids": np.tile(whole, (len(hidden), 1)),
+        }
 
     def _new_scheduler(self, seeds: Sequence[int]) -> tuple[Any, dict[str, Any]]:
         """A scheduler of its own for a batch, and what its `step` takes beside the usual."""
@@ -204,64 +272,30 @@ class EnginePipeline:
             extra["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
         return scheduler, extra
 
-    def _token_ids(self, tokenizer: Any, prompt: str) -> np.ndarray:
-        length = min(tokenizer.model_max_length, self.geometry.length)
-        ids = tokenizer(prompt).input_ids
-        if len(ids) > length:
-            raise ModelError(
-                f"the prompt {prompt!r} has {len(ids)} tokens, the generator takes {length}; "
-                "give shorter words in classes.toml"
+
+def _check_images(images: np.ndarray, names: Sequence[str]) -> None:
+    """Refuse what a network whose numbers overflowed draws.
+
+    Args:
+        images: float [n, 3, height, width], -1 to 1.
+        names: what errors call them.
+    """
+    flat = images.reshape(len(images), -1)
+    broken = ~np.isfinite(flat).all(axis=1)
+    shown = np.clip(np.nan_to_num(flat) / 2 + 0.5, 0, 1)
+    uniform = ~broken & (np.ptp(shown, axis=1) < _FLAT)
+    for bad, what in ((broken, "as NaN or infinite"), (uniform, "black or of one colour")):
+        if bad.any():
+            listed = ", ".join(name for name, one in zip(names, bad, strict=True) if one)
+            raise EngineError(
+                f"{bad.sum()} of {len(images)} images came out {what}: {listed}; "
+                "rebuild the engines with --precision fp32"
             )
-        padded = tokenizer(prompt, padding="max_length", max_length=length, return_tensors="np").input_ids
-        return np.asarray(padded, dtype=np.int64)
-
-
-def _run(session: Session, feeds: dict[str, np.ndarray], output: str) -> np.ndarray:
-    """One output as float32, with the inputs in the types that the graph takes."""
-    typed = {
-        spec.name: feeds[spec.name].astype(spec.dtype, copy=False)
-        for spec in session.inputs
-        if spec.name in feeds
-    }
-    return session.run(typed)[output].astype(np.float32, copy=False)
-
-
-def _encode(encoder: Session, token_ids: np.ndarray) -> np.ndarray:
-    return _run(encoder, {"input_ids": token_ids}, "last_hidden_state")
 
 
 def _to_uint8(images: np.ndarray) -> np.ndarray:
     unit = np.clip(images / 2 + 0.5, 0, 1).transpose(0, 2, 3, 1)
     return np.asarray(np.round(unit * 255), dtype=np.uint8)
-
-
-def _add_words(tokenizer: Any, style: StyleToken) -> list[int]:
-    added = tokenizer.add_tokens(list(style.words))
-    if added != len(style.words):
-        raise ModelError(
-            f"the style token {style.token!r} is already a word of this generator; "
-            "learn it under another --token"
-        )
-    return [int(index) for index in tokenizer.convert_tokens_to_ids(list(style.words))]
-
-
-def _tokenizer(folder: Path) -> Any:
-    """The tokenizer in the class that the pipeline names, since the fast one cuts some texts otherwise."""
-    try:
-        import transformers
-    except ImportError:
-        raise MissingExtra("transformers", "train") from None
-    try:
-        name = json.loads((folder / INDEX).read_text(encoding="utf-8"))["tokenizer"][1]
-        kind = {
-            "CLIPTokenizer": transformers.CLIPTokenizer,
-            "CLIPTokenizerFast": transformers.CLIPTokenizerFast,
-        }
-        return kind[name].from_pretrained(str(folder / "tokenizer"), local_files_only=True)
-    except (OSError, ValueError, TypeError, LookupError):
-        raise EngineError(
-            f"cannot read the tokenizer in {folder}; make it with `synthkit build-engines --force`"
-        ) from None
 
 
 def _read_scheduler(folder: Path) -> dict[str, Any]:

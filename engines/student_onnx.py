@@ -24,7 +24,9 @@ import onnx
 import torch
 from onnx import numpy_helper
 
+from synthkit.engines import onnx_graph
 from synthkit.engines.bundle import INPUT, OUTPUT, ModelFacts
+from synthkit.engines.onnx_header import read_opset
 from synthkit.engines.session import open_session
 from synthkit.errors import EngineError, ParityError
 from synthkit.images import Preprocessing
@@ -81,6 +83,7 @@ def export_student(
     images: np.ndarray,
     path: Path,
     metadata: Mapping[str, str],
+    opset: int = OPSET,
 ) -> tuple[ModelFacts, np.ndarray]:
     """Write a student as one ONNX file that is proven to compute the same.
 
@@ -90,12 +93,13 @@ def export_student(
         images: uint8 [N, height, width, 3] to compare on; real ones prove more than noise.
         path: the file to write; it is written only when the comparison succeeds.
         metadata: key -> text for the ONNX metadata.
+        opset: the newest that the target reads.
 
     Returns:
         What is known of the file, and the torch student's logits for the images.
 
     Raises:
-        EngineError: no exporter can express the student.
+        EngineError: no exporter can express the student within the opset.
         ParityError: the file does not compute what the student computes.
     """
     student = Uint8Student(model, preprocessing)
@@ -104,13 +108,15 @@ def export_student(
         raise ParityError("the student gives logits that are not finite; train it again")
     unproven = path.with_name(f".{path.name}.unproven")
     try:
-        exporter = _export(student, preprocessing, unproven)
-        head, opset = _finish(unproven, model, metadata)
+        exporter = _export(student, preprocessing, unproven, opset)
+        head = _finish(unproven, model, preprocessing, metadata)
         parity = prove_parity(logits, unproven, images)
         unproven.replace(path)
     finally:
         unproven.unlink(missing_ok=True)
-    return ModelFacts(opset, exporter, head, parity), logits
+    written = read_opset(path)
+    assert written is not None, "the checker passed it"
+    return ModelFacts(written, exporter, head, parity), logits
 
 
 def prove_parity(expected: np.ndarray, path: Path, images: np.ndarray) -> dict[str, Any]:
@@ -143,14 +149,14 @@ def prove_parity(expected: np.ndarray, path: Path, images: np.ndarray) -> dict[s
     }
 
 
-def _export(student: Uint8Student, preprocessing: Preprocessing, path: Path) -> str:
+def _export(student: Uint8Student, preprocessing: Preprocessing, path: Path, opset: int) -> str:
     _, height, width = preprocessing.input_size
     example = torch.zeros((2, height, width, 3), dtype=torch.uint8)
     refusals = []
     for name, export in _EXPORTERS.items():
         try:
             with _quiet():
-                export(student, example, path)
+                export(student, example, path, opset)
             return name
         except Exception as error:  # exporters raise whatever an operator's translation raises
             refusals.append(f"{name}: {str(error).strip().splitlines()[0][:200]}")
@@ -158,20 +164,22 @@ def _export(student: Uint8Student, preprocessing: Preprocessing, path: Path) -> 
     raise EngineError(f"this student cannot become ONNX ({'; '.join(refusals)}); use another --student")
 
 
-def _torchscript(student: Uint8Student, example: torch.Tensor, path: Path) -> None:
+def _torchscript(student: Uint8Student, example: torch.Tensor, path: Path, opset: int) -> None:
     torch.onnx.export(
         student,
         (example,),
         str(path),
         dynamo=False,
-        opset_version=OPSET,
+        opset_version=opset,
         input_names=[INPUT],
         output_names=[OUTPUT],
         dynamic_axes={INPUT: {0: "batch"}, OUTPUT: {0: "batch"}},
     )
 
 
-def _dynamo(student: Uint8Student, example: torch.Tensor, path: Path) -> None:
+def _dynamo(student: Uint8Student, example: torch.Tensor, path: Path, opset: int) -> None:
+    if opset < OPSET:
+        raise EngineError(f"it starts at opset {_DYNAMO_OPSET}, the target reads {opset}")
     torch.onnx.export(
         student,
         (example,),
@@ -186,7 +194,7 @@ def _dynamo(student: Uint8Student, example: torch.Tensor, path: Path) -> None:
     )
 
 
-_EXPORTERS: dict[str, Callable[[Uint8Student, torch.Tensor, Path], None]] = {
+_EXPORTERS: dict[str, Callable[[Uint8Student, torch.Tensor, Path, int], None]] = {
     "torchscript": _torchscript,
     "dynamo": _dynamo,
 }
@@ -201,17 +209,20 @@ def _quiet() -> Any:
 
 
 def _finish(
-    path: Path, model: torch.nn.Module, metadata: Mapping[str, str]
-) -> tuple[dict[str, str] | None, int]:
-    """Name the head's tensors, add the metadata, check the file; gives the head and the opset."""
+    path: Path, model: torch.nn.Module, preprocessing: Preprocessing, metadata: Mapping[str, str]
+) -> dict[str, str] | None:
+    """Make sizes constant, name the head's tensors, add the metadata, check the file; gives the head."""
     exported = onnx.load(path)
     _unshare(exported.graph)
+    _, height, width = preprocessing.input_size
+    onnx_graph.fold_sizes(exported, INPUT, (height, width, 3))
+    onnx_graph.fuse_padding(exported)
     linear = _linear_head(model)
     head = head_tensors(exported.graph, linear) if linear is not None else None
     onnx.helper.set_model_props(exported, dict(metadata))
     onnx.checker.check_model(exported, full_check=True)
     onnx.save(exported, path)
-    return head, next(int(entry.version) for entry in exported.opset_import if not entry.domain)
+    return head
 
 
 def _unshare(graph: onnx.GraphProto) -> None:

@@ -1,22 +1,46 @@
 """`build-engines`: a diffusion model becomes a folder of engines, once per device.
 
 model folder ──export──► ONNX per component ──compared with diffusers──► engines/
+                              └──TensorRT──► plan per component ──compared with the ONNX file──► engines/
 """
 
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from synthkit.artifacts import Request, StageResult, read_manifest, run_stage
-from synthkit.engines.build import build_onnx, choose_backend
+from synthkit.engines.build import (
+    PlanBuild,
+    build_onnx,
+    build_plans,
+    choose_backend,
+    tensorrt_machine,
+)
+from synthkit.engines.build_plan import (
+    BuildOptions,
+    BuildPlan,
+    decide_plan,
+    default_opset,
+    describe,
+    planned_specs,
+    trtexec_line,
+)
+from synthkit.engines.export import component_precisions
 from synthkit.engines.spec import parse_batch, read_geometry
+from synthkit.engines.tensorrt_api import tensorrt_version
 from synthkit.errors import EngineError
 from synthkit.models import model_fingerprint, resolve_model
 from synthkit.recipes.settings import EngineSettings
 
 log = logging.getLogger(__name__)
+
+PLANNED_FOR = "10.3.0"
+"""The TensorRT version of JetPack 6, for which `--dry-run` plans where none is installed."""
+
+_TENSORRT_SETTINGS = ("trt_workspace", "trt_level", "trt_hardware", "trt_version_compatible", "trt_refit")
 
 
 def build_engines_request(settings: EngineSettings, out: Path, *, download: bool = False) -> Request:
@@ -43,11 +67,33 @@ def build_engines_request(settings: EngineSettings, out: Path, *, download: bool
         config={
             "model": _short_name(settings.model),
             "backend": backend,
-            "precision": settings.precision,
+            "precision": _precision(settings, backend),
+            "vae_precision": settings.vae_precision,
             "size": geometry.image,
             "opset": settings.opset,
+            **(_tensorrt_config(settings) if backend == "tensorrt" else {}),
         },
     )
+
+
+def _precision(settings: EngineSettings, backend: str) -> str:
+    if settings.precision != "auto":
+        return settings.precision
+    return "fp16" if backend == "tensorrt" else "fp32"
+
+
+def _vae_precision(settings: EngineSettings) -> str | None:
+    return None if settings.vae_precision == "auto" else settings.vae_precision
+
+
+def _tensorrt_config(settings: EngineSettings) -> dict[str, Any]:
+    """What changes a plan, and nothing that does not."""
+    values = asdict(settings)
+    return {
+        "batch": settings.batch,
+        "machine": asdict(tensorrt_machine()),
+        "tensorrt": {name: values[name] for name in _TENSORRT_SETTINGS},
+    }
 
 
 def build_engines(settings: EngineSettings, out: Path, force: bool = False) -> StageResult:
@@ -61,14 +107,59 @@ def build_engines(settings: EngineSettings, out: Path, force: bool = False) -> S
         ParityError: an engine does not compute what its source computes.
     """
     request = build_engines_request(settings, out, download=True)
+    backend = request.config["backend"]
 
     def produce(work: Path) -> dict[str, Any]:
         log.info("build-engines: %s for %s (%s)", settings.model, *choose_backend(settings.backend))
-        model_dir = resolve_model(settings.model)
-        measured = build_onnx(work, model_dir, settings.precision, settings.opset, settings.size)
+        model_dir, opset = resolve_model(settings.model), settings.opset
+        if backend == "tensorrt":
+            opset = opset or default_opset(request.config["machine"]["tensorrt"])
+        precision, vae = request.config["precision"], _vae_precision(settings)
+        measured = build_onnx(work, model_dir, precision, opset, settings.size, vae)
+        if backend == "tensorrt":
+            plans = build_plans(work, None if force else out, _plan_build(settings))
+            measured["engines"] += plans
         return {**measured, "model": _resolvable(settings.model), "batch": settings.batch}
 
     return run_stage(request, produce, force=force)
+
+
+def _plan_build(settings: EngineSettings) -> PlanBuild:
+    cache_dir = Path(settings.cache_dir).expanduser() if settings.cache_dir else None
+    return PlanBuild(
+        tensorrt_machine(), parse_batch(settings.batch), _options(settings), cache_dir, settings.low_memory
+    )
+
+
+def _options(settings: EngineSettings) -> BuildOptions:
+    values = asdict(settings)
+    return BuildOptions(**{name.removeprefix("trt_"): values[name] for name in _TENSORRT_SETTINGS})
+
+
+def preview_plans(settings: EngineSettings) -> list[dict[str, Any]]:
+    """The plans that a TensorRT build would make, decided without TensorRT and without a GPU.
+
+    Returns:
+        For each network: the fields of its `BuildPlan`, `text` (one line for a person), `tensorrt` (the
+        version that it was decided for) and `trtexec` (major version -> command).
+
+    Raises:
+        ConfigError, EngineError, ModelError: see `build_engines_request`.
+    """
+    version = tensorrt_version() or PLANNED_FOR
+    geometry = read_geometry(resolve_model(settings.model, download=False), settings.size)
+    precisions = component_precisions(geometry, _precision(settings, "tensorrt"), _vae_precision(settings))
+    batch, options = parse_batch(settings.batch), _options(settings)
+    plans = [
+        decide_plan(spec, batch, precisions[spec.component], options, version)
+        for spec in planned_specs(geometry)
+    ]
+    return [_preview(plan, version) for plan in plans]
+
+
+def _preview(plan: BuildPlan, version: str) -> dict[str, Any]:
+    commands = {str(major): trtexec_line(plan, major) for major in (8, 10, 11)}
+    return {**asdict(plan), "text": describe(plan), "tensorrt": version, "trtexec": commands}
 
 
 def existing_engines(folder: Path) -> Path:
@@ -93,7 +184,8 @@ def base_model(engines_dir: Path) -> str:
 
 def engine_list(result: StageResult) -> list[dict[str, Any]]:
     """The manifest's engines, marked as cached where the stage was skipped."""
-    return [{**engine, "cached": result.skipped} for engine in result.manifest.metrics["engines"]]
+    engines = result.manifest.metrics["engines"]
+    return [{**engine, "cached": result.skipped or engine["cached"]} for engine in engines]
 
 
 def _short_name(model: str) -> str:

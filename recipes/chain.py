@@ -103,9 +103,11 @@ def remembered_model(
         model=base_model(workspace.engines),
         backend=manifest.config["backend"],
         precision=manifest.config["precision"],
+        vae_precision=manifest.config.get("vae_precision", usual.vae_precision),
         batch=manifest.metrics["batch"],
         size=manifest.config["size"],
         opset=manifest.config["opset"],
+        **manifest.config.get("tensorrt", {}),
     )
     asked_for = {name: value for name, value in asdict(settings).items() if value != getattr(usual, name)}
     return override(made, asked_for | {name: value for name, value in flags.items() if value is not None})

@@ -8,6 +8,7 @@ number of gradient steps. A cell that is done is skipped, one that was interrupt
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -199,7 +200,8 @@ def compare(
     for cell in cells:
         k_shot(pool, cell.shots, cell.seed)  # refuses what cannot be drawn before any work
     test = test.with_classes(pool.classes)
-    scores = list(_measured((settings, root, pool, test, methods), cells, jobs))
+    measure_cell = functools.partial(run_cell, settings, root, pool, test, methods)
+    scores = list(_measured(measure_cell, cells, jobs))
     scores.sort(key=lambda one: (one.cell.shots, one.cell.seed))
     return {
         "rows": rows(scores, test.labels),
@@ -212,15 +214,15 @@ def compare(
     }
 
 
-def _measured(common: tuple[Any, ...], cells: Sequence[Cell], jobs: int) -> Iterator[Scores]:
-    """`run_cell` with its common arguments on every cell, in this process or in several."""
+def _measured(measure_cell: Callable[[Cell], Scores], cells: Sequence[Cell], jobs: int) -> Iterator[Scores]:
+    """Every cell's scores, measured in this process or in several."""
     if jobs == 1:
-        yield from (run_cell(*common, cell) for cell in cells)
+        yield from (measure_cell(cell) for cell in cells)
         return
     threads = max(1, (os.cpu_count() or 1) // jobs)
     os.environ |= {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}  # read by the child processes
     with ProcessPoolExecutor(jobs, get_context("spawn")) as processes:
-        tasks = [processes.submit(run_cell, *common, cell) for cell in cells]
+        tasks = [processes.submit(measure_cell, cell) for cell in cells]
         for task in tqdm(as_completed(tasks), total=len(tasks), desc="compare", unit="cell", disable=False):
             yield task.result()
 

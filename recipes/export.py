@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,9 +14,13 @@ import synthkit
 from synthkit.artifacts import Request, StageResult, fingerprint, run_stage
 from synthkit.engines import bundle
 from synthkit.errors import BundleError, ModelError
-from synthkit.images import ImageSet, Preprocessing
+from synthkit.images import ImageSet, Preprocessing, check_disjoint
+from synthkit.recipes.device_write import remember
+from synthkit.recipes.precisions import TestSet, chosen_precisions, make_precisions, measure, settle_default
+from synthkit.recipes.settings import ExportSettings
 
 _NOISE_IMAGES = 8
+_SEEN_AT_MOST = 256  # of the photos and of the synthetic images: enough for ranges and for what is held out
 
 
 class ExportableStudent(Protocol):
@@ -34,44 +39,99 @@ class ExportableStudent(Protocol):
         """Class names in the order of the logits."""
 
 
-def export_request(student_dir: Path, out: Path, photos: ImageSet | None) -> Request:
+@dataclass(frozen=True)
+class Images:
+    """The images that an export may look at.
+
+    Attributes:
+        photos: what the student was trained on; they prove parity, become the golden inputs, give int8 its
+            ranges and are refused as test images. Without them, noise proves parity.
+        synthetic: synthetic images; they give int8 its ranges as well.
+        test: measures every precision.
+    """
+
+    photos: ImageSet | None = None
+    synthetic: ImageSet | None = None
+    test: ImageSet | None = None
+
+    def given(self) -> dict[str, ImageSet]:
+        """Name -> image set, of those that were given."""
+        sets = {"photos": self.photos, "synthetic": self.synthetic, "test": self.test}
+        return {name: images for name, images in sets.items() if images is not None}
+
+
+def export_request(
+    student_dir: Path,
+    out: Path,
+    photos: ImageSet | None,
+    settings: ExportSettings | None = None,
+    others: Images | None = None,
+) -> Request:
     """What `run_export` is asked for; its key says whether the bundle is up to date.
 
     Raises:
         ModelError: there is no student's folder.
+        ConfigError: a setting contradicts another.
     """
+    settings = settings or ExportSettings()
     if not student_dir.is_dir():
         raise ModelError(f"no student in {student_dir}; give a timm folder, or run `synthkit train` first")
-    inputs = {"student": fingerprint(student_dir)}
-    if photos is not None:
-        inputs["photos"] = photos.digest
-    return Request("export", out, inputs, {"bundle_schema": bundle.SCHEMA})
+    chosen_precisions(settings.precision)
+    images = replace(others or Images(), photos=photos)
+    inputs = {
+        "student": fingerprint(student_dir),
+        **{name: one.digest for name, one in images.given().items()},
+    }
+    return Request("export", out, inputs, {"bundle_schema": bundle.SCHEMA, "export": asdict(settings)})
 
 
 def run_export(
-    student_dir: Path, out: Path, photos: ImageSet | None = None, force: bool = False
+    student_dir: Path,
+    out: Path,
+    photos: ImageSet | None = None,
+    force: bool = False,
+    settings: ExportSettings | None = None,
+    others: Images | None = None,
 ) -> StageResult:
     """The `export` stage: timm folder -> bundle.
 
     Args:
         student_dir: the student's timm folder.
         out: the bundle's folder.
-        photos: what the student was trained on: they prove parity, become the golden inputs and are refused
-            as test images; without them, noise proves parity.
+        photos: what the student was trained on; see `Images`.
         force: redo it even when nothing changed.
+        settings: precisions and target.
+        others: synthetic and test images.
+
+    Raises:
+        DataError: the test images share one with what the student saw, or hold an unknown class.
+        ConfigError: a setting contradicts another.
     """
-    request = export_request(student_dir, out, photos)
+    settings = settings or ExportSettings()
+    images = replace(others or Images(), photos=photos)
+    request = export_request(student_dir, out, photos, settings, images)
+    _refuse_shared(images)
 
     def produce(work: Path) -> dict[str, Any]:
         from synthkit.students import load_student
 
         student = load_student(student_dir)
-        images = _noise(student.preprocessing) if photos is None else photos.load(student.preprocessing)
+        inputs = _noise(student.preprocessing) if photos is None else photos.load(student.preprocessing)
         trained_on = [] if photos is None else sorted({item.sha256 for item in photos.items})
         lineage = {"student": request.inputs["student"], "trained_on": trained_on}
-        return export_student_bundle(student, images, lineage, None, work)
+        found = export_student_bundle(student, inputs, lineage, None, work, settings, images)
+        if photos is not None:
+            remember(work, photos.with_classes(student.classes))
+        return found
 
     return run_stage(request, produce, force=force)
+
+
+def _refuse_shared(images: Images) -> None:
+    if images.test is not None:
+        for name, seen in images.given().items():
+            if name != "test":
+                check_disjoint(seen, images.test, (f"the {name} given to export", "the test set"))
 
 
 def _noise(preprocessing: Preprocessing) -> np.ndarray:
@@ -86,6 +146,8 @@ def export_student_bundle(
     lineage: Mapping[str, Any],
     accuracy: Mapping[str, Any] | None,
     work_dir: Path,
+    settings: ExportSettings | None = None,
+    sets: Images | None = None,
 ) -> dict[str, Any]:
     """Write a student as a bundle into a folder, and verify it.
 
@@ -93,35 +155,102 @@ def export_student_bundle(
         student: the torch student.
         images: real images as uint8 [N, height, width, 3]; parity is proven on them, a few become golden.
         lineage: how the student came about; "trained_on" lists the SHA-256 of every real photo.
-        accuracy: what was measured on a test set, if anything.
+        accuracy: what was measured on a test set, if anything; `sets.test` is measured here.
         work_dir: where to write.
+        settings: precisions and target.
+        sets: the image sets that `images` come from, synthetic and test images.
 
     Returns:
-        Parity, exporter, opset and size for the stage's manifest.
+        Parity, cost and size of every precision, for the stage's manifest.
 
     Raises:
-        ParityError: the exported model does not compute what the student computes.
+        ParityError: an exported model does not compute what the student computes.
         BundleError: the written bundle fails its own check.
+        ConfigError: int8 has no images to find its ranges with, or the default is not exported.
     """
     from synthkit.engines.student_onnx import export_student
+    from synthkit.engines.targets import TARGETS, Material, write_target
 
-    preprocessing = student.preprocessing
+    settings, sets = settings or ExportSettings(), sets or Images()
+    target, preprocessing = TARGETS[settings.target], student.preprocessing
     metadata = _onnx_metadata(student, lineage)
-    facts, logits = export_student(student.model, preprocessing, images, work_dir / bundle.MODEL, metadata)
+    path = work_dir / bundle.MODEL
+    fp32, logits = export_student(student.model, preprocessing, images, path, metadata, target.opset)
+    int8_target = target.int8 if settings.int8_target == "auto" else settings.int8_target
+    fp32 = replace(fp32, accuracy=accuracy)
+    made = make_precisions(work_dir, fp32, images, _seen(sets, preprocessing), settings, int8_target)
+    facts = measure(work_dir, made.facts, images[:1], _test_set(student, sets.test))
+    default, refused = settle_default(settings, facts)
     bundle.write_bundle(
         work_dir,
         labels=student.classes,
         preprocessing=preprocessing,
-        model=facts,
-        golden=(images, logits),
+        models=facts,
+        golden=bundle.Golden(images, logits, made.golden),
         lineage=lineage,
-        accuracy=accuracy,
+        default_precision=default,
     )
+    material = Material(work_dir, list(facts), default, student.classes, preprocessing, images[:4])
+    write_target(settings.target, material)
+    bundle.seal(work_dir, {**bundle.read_facts(work_dir), "target": settings.target})
     failures = bundle.verify(work_dir)
     if failures:
         raise BundleError(f"the bundle fails its own check: {'; '.join(failures)}; report this student")
-    size = (work_dir / bundle.MODEL).stat().st_size
-    return {"parity": facts.parity, "exporter": facts.exporter, "opset": facts.opset, "model_bytes": size}
+    return _summary(work_dir, facts, default, refused, made.int8)
+
+
+def _seen(sets: Images, preprocessing: Preprocessing) -> np.ndarray:
+    """The photos and as many synthetic images of every class, one after the other."""
+    given = [one for name, one in sets.given().items() if name != "test"]
+    loaded = [_few(one).load(preprocessing) for one in given]
+    _, height, width = preprocessing.input_size
+    return np.concatenate(loaded) if loaded else np.empty((0, height, width, 3), np.uint8)
+
+
+def _few(images: ImageSet) -> ImageSet:
+    count = min(_SEEN_AT_MOST, len(images))
+    return images.subset(np.linspace(0, len(images) - 1, count).astype(int))
+
+
+def _test_set(student: ExportableStudent, images: ImageSet | None) -> TestSet | None:
+    from synthkit.engines.student_onnx import Uint8Student, torch_logits
+
+    if images is None:
+        return None
+    known = images.with_classes(student.classes)
+    inputs = known.load(student.preprocessing)
+    torch_answers = torch_logits(Uint8Student(student.model, student.preprocessing), inputs).argmax(1)
+    return TestSet(inputs, known.labels, torch_answers)
+
+
+def _summary(
+    folder: Path,
+    facts: Mapping[str, bundle.ModelFacts],
+    default: str,
+    refused: str,
+    int8: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    fp32 = facts[bundle.FP32]
+    rows = {
+        name: {
+            "bytes": (folder / bundle.FILES[name]).stat().st_size,
+            "latency_ms": one.latency_ms,
+            "parity": dict(one.parity),
+            "accuracy": dict(one.accuracy) if one.accuracy else None,
+            "target": one.target,
+        }
+        for name, one in facts.items()
+    }
+    return {
+        "parity": fp32.parity,
+        "exporter": fp32.exporter,
+        "opset": fp32.opset,
+        "model_bytes": rows[bundle.FP32]["bytes"],
+        "precisions": rows,
+        "default_precision": default,
+        "refused_default": refused,
+        "int8": int8,
+    }
 
 
 def _onnx_metadata(student: ExportableStudent, lineage: Mapping[str, Any]) -> dict[str, str]:

@@ -34,6 +34,7 @@ from synthkit.artifacts import (
     write_bytes,
 )
 from synthkit.engines.pipeline import EnginePipeline
+from synthkit.engines.texts import TextEmbeddings
 from synthkit.errors import ConfigError, EngineError
 from synthkit.recipes.settings import GenerateSettings
 from synthkit.style import PROMPT, StyleToken
@@ -68,7 +69,13 @@ class _Job:
     settings: GenerateSettings
     engines_dir: Path
     classes: Mapping[str, str]
+    style: Path | None
     token: StyleToken | None
+
+    @property
+    def kept_embeddings(self) -> Path | None:
+        """Beside the style token, which then runs the text encoder once; hidden from its manifest."""
+        return self.style.with_name(".embeddings.npz") if self.style else None
 
     def prompt(self, name: str) -> str:
         return prompt_for(self.classes[name], self.token.token if self.token else None)
@@ -169,7 +176,7 @@ def generate(
         ModelError: the style belongs to another model, or a prompt is too long.
     """
     request = generate_request(settings, engines_dir, classes, style, out)
-    job = _Job(settings, engines_dir, classes, style_files.load(style) if style else None)
+    job = _Job(settings, engines_dir, classes, style, style_files.load(style) if style else None)
 
     def produce(work: Path) -> dict[str, Any]:
         plan = plan_images(settings, classes)
@@ -208,16 +215,16 @@ def _draw_missing(work: Path, missing: Sequence[Planned], job: _Job) -> float:
     for name in names:
         (work / name).mkdir(exist_ok=True)
     started = time.perf_counter()
-    embeddings = dict(
-        zip(names, pipeline.embed([job.prompt(name) for name in names], job.token), strict=True)
-    )
+    embeddings = pipeline.embed([job.prompt(name) for name in names], job.token, job.kept_embeddings)
+    rows = {name: row for row, name in enumerate(names)}
     with (
         tqdm(total=len(missing), unit="image", desc="generate", disable=None) as bar,
         ThreadPoolExecutor(1) as writer,  # encodes a batch while the next is drawn
     ):
         pending = writer.submit(int)
         for batch in _batches(missing, job.settings.batch_size):
-            pixels = _draw_batch(pipeline, batch, embeddings, job.settings)
+            texts = embeddings.take([rows[image.name] for image in batch])
+            pixels = _draw_batch(pipeline, batch, texts, job.settings)
             pending.result()
             pending = writer.submit(_write_images, work, batch, pixels)
             bar.update(len(batch))
@@ -229,11 +236,11 @@ def _draw_missing(work: Path, missing: Sequence[Planned], job: _Job) -> float:
 def _draw_batch(
     pipeline: EnginePipeline,
     batch: Sequence[Planned],
-    embeddings: Mapping[str, np.ndarray],
+    texts: TextEmbeddings,
     settings: GenerateSettings,
 ) -> np.ndarray:
     return pipeline.draw(
-        np.stack([embeddings[image.name] for image in batch]),
+        texts,
         [image.seed for image in batch],
         settings.steps,
         settings.guidance,

@@ -17,10 +17,24 @@ class EngineSettings:
 
     model: str = setting("glyphs-32", "bundled model, local diffusers folder or hub id")
     backend: Literal["auto", "tensorrt", "onnxruntime"] = setting("auto", "runtime of the engines")
-    precision: Literal["fp32", "fp16"] = setting("fp32", "precision of UNet and VAE")
+    precision: Literal["auto", "fp32", "fp16"] = setting(
+        "auto", "precision of the networks; auto: fp16 for TensorRT, otherwise fp32"
+    )
+    vae_precision: Literal["auto", "fp32", "fp16"] = setting(
+        "auto", "precision of the VAE; auto: the same, but fp32 where it would overflow, as in SDXL"
+    )
     batch: str = setting("1:32:128", "smallest, usual and largest batch, MIN:OPT:MAX in images")
     size: int | None = setting(None, "image size in pixels; chosen: the model's own", minimum=8)
-    opset: int | None = setting(None, "ONNX opset; chosen: the exporter's default", minimum=14)
+    opset: int | None = setting(None, "ONNX opset; chosen: what the runtime reads best", minimum=14)
+    trt_workspace: int | None = setting(None, "TensorRT: scratch memory of a layer in MiB", minimum=1)
+    trt_level: int = setting(3, "TensorRT: optimisation, 0 (quick to build) to 5 (fast)", minimum=0)
+    trt_hardware: Literal["this-gpu", "same-capability", "ampere+"] = setting(
+        "this-gpu", "TensorRT: GPUs that can load the plans"
+    )
+    trt_version_compatible: bool = setting(False, "TensorRT: later versions can load the plans")
+    trt_refit: bool = setting(False, "TensorRT: weights can be exchanged without a rebuild")
+    low_memory: bool = setting(False, "TensorRT: build each network in a process of its own")
+    cache_dir: str | None = setting(None, "folder of TensorRT's timing cache; chosen: ~/.cache/synthkit")
 
 
 @dataclass(frozen=True)
@@ -80,6 +94,25 @@ class AdaptSettings:
     seed: int = setting(0, "seed of folds, order and augmentation", minimum=0)
 
 
+@dataclass(frozen=True)
+class ExportSettings:
+    """`export`: precisions of the bundle, and the system that it is for."""
+
+    precision: str = setting("fp32", "comma-separated: fp32, fp16, int8")
+    default_precision: Literal["fp32", "fp16", "int8"] = setting(
+        "fp32", "precision that runs when none is named"
+    )
+    target: Literal[
+        "generic", "jetpack5", "jetpack6", "jetpack7", "jetson-inference", "deepstream", "triton"
+    ] = setting("generic", "system whose files are written too")
+    int8_target: Literal["auto", "cpu", "tensorrt"] = setting("auto", "who runs int8; auto: by --target")
+    weight_bits: Literal["auto", "7", "8"] = setting(
+        "auto", "of int8 for cpu; 8 overflows without VNNI, auto: measured on this machine"
+    )
+    keep_float: str = setting("auto", "layers int8 leaves in float: auto (the worst), none, or names")
+    max_drop: float = setting(1.0, "points of top-1 that a default precision may cost", minimum=0)
+
+
 #: Recipe-file section -> its settings; the sections are the commands' names.
 SECTIONS: dict[str, type] = {
     "build-engines": EngineSettings,
@@ -87,4 +120,5 @@ SECTIONS: dict[str, type] = {
     "generate": GenerateSettings,
     "train": TrainSettings,
     "adapt": AdaptSettings,
+    "export": ExportSettings,
 }

@@ -14,7 +14,12 @@ NEEDS_TRAIN = {
     "synthkit.diffusion",
     "synthkit.training",
     "synthkit.last_layers",
+    "synthkit.engines.specialise",
+    "synthkit.engines.half",
+    "synthkit.engines.onnx_graph",
+    "synthkit.engines.quantize",
     "synthkit.engines.student_onnx",
+    "synthkit.engines.targets",
     "synthkit.calibration.inversion",
 }
 #: Packages and modules of recipes that only a workstation runs.

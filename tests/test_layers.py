@@ -34,7 +34,7 @@ HEAVY = set(
     "torch torchvision timm diffusers transformers tokenizers huggingface_hub optimum onnx onnxscript "
     "safetensors accelerate sklearn scipy jinja2 matplotlib onnxruntime ray".split()
 )
-NEVER_AT_THE_TOP = {"tensorrt", "polygraphy"}
+NEVER_AT_THE_TOP = {"tensorrt"}
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def test_every_name_of_the_table_is_a_module_or_will_be() -> None:
     assert set(modules()) >= NEEDS_TRAIN
 
 
-@pytest.mark.parametrize("command", ["predict", "evaluate", "verify", "doctor"])
+@pytest.mark.parametrize("command", ["predict", "evaluate", "verify", "bench", "serve", "doctor"])
 def test_a_device_command_never_reaches_torch(command: str) -> None:
     sources = modules()
     assert f"synthkit.cli.{command}" in sources

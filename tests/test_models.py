@@ -48,9 +48,9 @@ def test_what_a_folder_lacks_is_named(tmp_path: Path) -> None:
 
 def test_another_family_is_refused_by_name(tmp_path: Path) -> None:
     folder = whole_folder(tmp_path / "model")
-    index = {"_class_name": "StableDiffusionXLPipeline", "unet": [], "text_encoder_2": []}
+    index = {"_class_name": "StableDiffusion3Pipeline", "transformer": [], "text_encoder_2": []}
     (folder / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(ModelError, match=r"StableDiffusionXLPipeline; supported are Stable Diffusion 1"):
+    with pytest.raises(ModelError, match=r"StableDiffusion3Pipeline; supported are .*SDXL"):
         resolve_model(str(folder))
 
 

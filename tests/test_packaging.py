@@ -17,7 +17,7 @@ from tests.house import ROOT, mapping, modules, tracked_files
 DATA = {
     "synthkit": ["py.typed"],
     "synthkit.models": ["glyphs-32/**/*"],
-    "synthkit.recipes": ["configs/*.toml"],
+    "synthkit.recipes": ["configs/*.toml", "pages/*.html"],
 }
 
 

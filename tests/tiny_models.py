@@ -56,6 +56,57 @@ def tiny_pipeline(folder: Path, prediction_type: str = "v_prediction", seed: int
     return folder
 
 
+def tiny_turbo(folder: Path, seed: int = 0) -> Path:
+    """The same networks with SD-Turbo's scheduler, which is drawn with in one step and without guidance."""
+    import diffusers
+
+    tiny_pipeline(folder, "epsilon", seed)
+    diffusers.EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        timestep_spacing="trailing",
+        steps_offset=1,
+    ).save_pretrained(folder / "scheduler")
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index["scheduler"][1] = "EulerDiscreteScheduler"
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    return folder
+
+
+def tiny_sdxl(folder: Path, seed: int = 0) -> Path:
+    """Save a pipeline shaped as SDXL, with two text encoders, pooled text and sizes; return its folder."""
+    import diffusers
+    import torch
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(seed)
+    tokenizers = [tiny_tokenizer(folder.parent / f"{folder.name}-vocabulary") for _ in range(2)]
+    tokenizers[1].pad_token = "!"  # as SDXL's second
+    diffusers.StableDiffusionXLPipeline(
+        vae=_lively(_vae()),
+        text_encoder=_lively(CLIPTextModel(_text_config())),
+        text_encoder_2=_lively(CLIPTextModelWithProjection(_text_config(width=2 * WIDTH))),
+        tokenizer=tokenizers[0],
+        tokenizer_2=tokenizers[1],
+        unet=_lively(
+            _unet(
+                cross_attention_dim=3 * WIDTH,
+                addition_embed_type="text_time",
+                addition_time_embed_dim=8,
+                projection_class_embeddings_input_dim=2 * WIDTH + 6 * 8,
+                use_linear_projection=True,
+            )
+        ),
+        scheduler=diffusers.EulerDiscreteScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
+        ),
+        force_zeros_for_empty_prompt=True,
+        add_watermarker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
 def tiny_tokenizer(folder: Path) -> Any:
     """A CLIPTokenizer of single bytes, a few merged pairs and the two special tokens."""
     from transformers import CLIPTokenizer
@@ -81,37 +132,42 @@ def write_token(path: Path, token: str = "<tiny>", vectors: int = 2, seed: int =
 
 
 def _text_encoder() -> Any:
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextModel
 
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=520,
-            hidden_size=WIDTH,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=77,
-            bos_token_id=518,
-            eos_token_id=519,
-            pad_token_id=519,
-            projection_dim=WIDTH,
-        )
+    return CLIPTextModel(_text_config())
+
+
+def _text_config(width: int = WIDTH) -> Any:
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        vocab_size=520,
+        hidden_size=width,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=77,
+        bos_token_id=518,
+        eos_token_id=519,
+        pad_token_id=519,
+        projection_dim=width,
     )
 
 
-def _unet() -> Any:
+def _unet(**further: Any) -> Any:
     from diffusers import UNet2DConditionModel
 
-    return UNet2DConditionModel(
-        sample_size=IMAGE // 4,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        norm_num_groups=8,
-        cross_attention_dim=WIDTH,
-        attention_head_dim=8,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )
+    settings = {
+        "sample_size": IMAGE // 4,
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "cross_attention_dim": WIDTH,
+        "attention_head_dim": 8,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }
+    return UNet2DConditionModel(**{**settings, **further})
 
 
 def _vae() -> Any:

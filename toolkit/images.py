@@ -112,18 +112,19 @@ class ImageSet:
     items: tuple[LabelledImage, ...]
 
     @classmethod
-    def scan(cls, root: Path, skip_bad: bool = False) -> ImageSet:
+    def scan(cls, root: Path, skip_bad: bool = False, fewest: int = 2) -> ImageSet:
         """Find and decode every image once.
 
         Args:
             root: holds one folder per class.
             skip_bad: leave unreadable files out with a warning instead of refusing the folder.
+            fewest: classes that there must be.
 
         Raises:
             BadImages: names every file that cannot be read.
-            DataError: the folder is missing, empty, has one class only or a class without images.
+            DataError: the folder is missing, empty, has too few classes or a class without images.
         """
-        folders = _class_folders(root)
+        folders = _class_folders(root, fewest)
         files = [item for label, name in enumerate(folders) for item in _labelled(folders[name], label)]
         failures = [(item.path, reason) for item in files if (reason := _unreadable(item.path))]
         if failures and not skip_bad:
@@ -187,7 +188,7 @@ class ImageSet:
         return ImageSet(self.root, tuple(classes), tuple(items))
 
 
-def _class_folders(root: Path) -> dict[str, list[Path]]:
+def _class_folders(root: Path, fewest: int) -> dict[str, list[Path]]:
     """Class name -> its folders, in the order of the names."""
     if not root.exists():
         raise DataError(f"no folder {root}; give a folder that holds one folder of images per class")
@@ -198,7 +199,7 @@ def _class_folders(root: Path) -> dict[str, list[Path]]:
     for path in entries:
         if path.is_dir():  # macOS writes decomposed letters, others composed ones; a class has one name
             folders.setdefault(unicodedata.normalize("NFC", path.name), []).append(path)
-    _refuse_few_folders(root, entries, folders)
+    _refuse_few_folders(root, entries, folders, fewest)
     return dict(sorted(folders.items()))
 
 
@@ -211,7 +212,9 @@ def _labelled(folders: Sequence[Path], label: int) -> list[LabelledImage]:
     ]
 
 
-def _refuse_few_folders(root: Path, entries: Sequence[Path], folders: Mapping[str, list[Path]]) -> None:
+def _refuse_few_folders(
+    root: Path, entries: Sequence[Path], folders: Mapping[str, list[Path]], fewest: int
+) -> None:
     loose = [path for path in entries if path.is_file() and path.name.lower() not in _NO_IMAGES]
     if not folders and loose:
         raise DataError(
@@ -220,7 +223,7 @@ def _refuse_few_folders(root: Path, entries: Sequence[Path], folders: Mapping[st
         )
     if not folders:
         raise DataError(f"{root} is empty; put the images of each class into a folder named after it")
-    if len(folders) == 1:
+    if len(folders) < fewest:
         only = next(iter(folders))
         raise DataError(f"{root} has one class only, {only!r}; a classifier needs at least two class folders")
     broken = [name for name in folders if len(name.splitlines()) != 1]

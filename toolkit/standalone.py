@@ -15,13 +15,18 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 CROP_MODES = ("center", "squash", "border")
+
+CONFIDENCE = "confidence.json"
+"""File of a bundle that says below which probability an answer is "unknown", where that was fitted."""
+
+UNKNOWN = "unknown"
 
 _MOST_ELONGATED = 200  # a longer strip grows to gigabytes when its short side is scaled to model size
 _SIXTEEN_TO_EIGHT_BITS = 257  # 65535 / 255
@@ -32,11 +37,11 @@ class UnusableImage(Exception):
     """A file cannot be read as an image; its text is the short reason."""
 
 
-def open_image(source: str | Path) -> Image.Image:
+def open_image(source: str | Path | IO[bytes]) -> Image.Image:
     """The picture of a file as a person sees it: upright, RGB, 8 bit, transparency on white.
 
     Args:
-        source: the file's path.
+        source: the file's path, or the open file.
 
     Raises:
         UnusableImage: missing, empty, not an image, truncated, or a decompression bomb.
@@ -58,7 +63,7 @@ def open_image(source: str | Path) -> Image.Image:
         raise UnusableImage(_short(error)) from None
 
 
-def _decode(source: str | Path) -> Image.Image:
+def _decode(source: str | Path | IO[bytes]) -> Image.Image:
     with Image.open(source) as image:
         image.load()
         if max(image.size) > _MOST_ELONGATED * min(image.size):
@@ -87,7 +92,9 @@ def _eight_bits(values: np.ndarray, mode: str) -> np.ndarray:
     return np.round(scaled).astype(np.uint8)
 
 
-def _unidentified(source: str | Path) -> str:
+def _unidentified(source: str | Path | IO[bytes]) -> str:
+    if not isinstance(source, (str, Path)):
+        return "not an image"
     if Path(source).stat().st_size == 0:
         return "empty file"
     heic = Path(source).suffix.lower() in (".heic", ".heif")
@@ -166,6 +173,26 @@ def prediction(path: str | Path, logits: np.ndarray, labels: Sequence[str], top:
     return {"path": str(path), "label": best[0][0], "score": best[0][1], "top": best}
 
 
+def decided(one: Mapping[str, Any], confidence: Mapping[str, Any], top: int) -> dict[str, Any]:
+    """A prediction as the bundle's confidence lets it stand.
+
+    Args:
+        one: what `prediction` gives with every label in its "top".
+        confidence: the content of confidence.json; empty where there is none.
+        top: how many labels to keep in "top".
+
+    Returns:
+        The prediction; its label is "unknown" where the score is below the threshold, and "set" holds the
+        labels among which the right one is with the frequency that was asked for.
+    """
+    found = {**one, "top": one["top"][: max(1, top)]}
+    if one["score"] < (confidence.get("threshold") or 0):
+        found["label"] = UNKNOWN
+    if (minimum := confidence.get("set_minimum")) is not None:
+        found["set"] = [label for label, score in one["top"] if score >= minimum]
+    return found
+
+
 def read_inputs(
     paths: Sequence[str | Path], config: Mapping[str, Any]
 ) -> tuple[np.ndarray, list[tuple[Path, str]]]:
@@ -185,8 +212,16 @@ def read_labels(folder: Path) -> list[str]:
     return (folder / "labels.txt").read_text(encoding="utf-8").rstrip("\n").split("\n")
 
 
+def read_confidence(folder: Path) -> dict[str, Any]:
+    """The content of a bundle's confidence.json; empty where it has none."""
+    path = folder / CONFIDENCE
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
 def in_batches(run: Callable[[np.ndarray], np.ndarray], inputs: np.ndarray) -> np.ndarray:
-    """Logits [N, classes] of any number of inputs, computed a few at a time to bound the memory."""
+    """Logits [N, classes] of one or more inputs, computed a few at a time to bound the memory."""
+    if len(inputs) <= _BATCH:
+        return run(inputs)
     return np.concatenate([run(inputs[start : start + _BATCH]) for start in range(0, len(inputs), _BATCH)])
 
 
@@ -208,18 +243,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail("; ".join(f"{path}: {reason}" for path, reason in failures))
     session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
     logits = in_batches(lambda batch: session.run(["logits"], {"image": batch})[0], inputs)
-    labels = read_labels(folder)
-    found = [prediction(*pair, labels, options.top) for pair in zip(options.images, logits, strict=True)]
+    labels, confidence = read_labels(folder), read_confidence(folder)
+    ranked = [prediction(*pair, labels, len(labels)) for pair in zip(options.images, logits, strict=True)]
+    found = [decided(one, confidence, options.top) for one in ranked]
     print(json.dumps({"predictions": found}, ensure_ascii=False) if options.json else as_text(found))
     return 0
 
 
 def as_text(predictions: Sequence[Mapping[str, Any]]) -> str:
     """One line per image: path, then the labels with their probabilities."""
-    return "\n".join(
-        f"{one['path']}: " + ", ".join(f"{label} {score:.3f}" for label, score in one["top"])
-        for one in predictions
-    )
+    return "\n".join(f"{one['path']}: {_answer_text(one)}" for one in predictions)
+
+
+def _answer_text(one: Mapping[str, Any]) -> str:
+    ranked = ", ".join(f"{label} {score:.3f}" for label, score in one["top"])
+    text = f"{UNKNOWN} ({ranked})" if one["label"] == UNKNOWN != one["top"][0][0] else ranked
+    return f"{text}; one of: {', '.join(one['set']) or 'none of the labels'}" if "set" in one else text
 
 
 def _fail(text: str) -> int:

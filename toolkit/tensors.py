@@ -33,7 +33,7 @@ class TensorSpec:
         fits = len(array.shape) == len(self.shape) and all(
             isinstance(want, str) or want == have for want, have in zip(self.shape, array.shape, strict=True)
         )
-        if not fits or array.dtype.name != self.dtype:
+        if not fits or array.dtype != self.dtype:
             raise EngineError(
                 f"input {self.name!r} must be {self.dtype} {list(self.shape)}, "
                 f"got {array.dtype.name} {list(array.shape)}"

@@ -151,12 +151,12 @@ def test_the_engines_embed_the_token_as_torch_does(
     token.save(tmp_path / "learned_embeds.safetensors", "tiny")
     loaded = style.load(tmp_path / "learned_embeds.safetensors")
     prompt = PROMPT.format(words="digit one", token="<s>")
-    found = EnginePipeline.open(tiny_engines).embed([prompt], loaded)
+    found = EnginePipeline.open(tiny_engines).embed([prompt], loaded).hidden
 
     ids = token_ids(parts.tokenizer, [prompt.replace("<s>", " ".join(token.words))])
     table = torch.cat([parts.text_encoder.get_input_embeddings().weight, torch.from_numpy(token.vectors)])
     with torch.no_grad():
         expected = inversion._embed(parts, table, ids).numpy()
     assert np.abs(found - expected).max() < 1e-4
-    plain = EnginePipeline.open(tiny_engines).embed(["A digit one photo in the style of"])
+    plain = EnginePipeline.open(tiny_engines).embed(["A digit one photo in the style of"]).hidden
     assert np.abs(found - plain).max() > 0.01, "the token says something"

@@ -152,6 +152,9 @@ def test_tensorrt(answers: Callable[[Replies], None], versions: dict[str, str]) 
     assert doctor.tensorrt_check().status == "missing"
     versions["tensorrt"] = "11.0"
     assert doctor.tensorrt_check().status == "ok"
+    versions["tensorrt"] = ""  # there, but not from pip, as on a Jetson
+    answers({"tensorrt_version": Reply("10.3.0")})
+    assert doctor.tensorrt_check().value == "10.3.0: a runtime starts"
     for reply in (Reply("no driver"), Reply(error="no driver")):
         answers({"probe_tensorrt": reply})
         assert doctor.tensorrt_check().value == "installed but does not work: no driver"

@@ -14,7 +14,7 @@ import pytest
 from onnx import numpy_helper
 
 from synthkit.artifacts import digest, file_sha256
-from synthkit.engines.bundle import Bundle, verify
+from synthkit.engines.bundle import FILES, Bundle, read_facts, seal, verify
 from synthkit.errors import BadImages, BundleError, MissingExtra
 from tests.tiny_students import CLASSES, class_folders, tiny_bundle, tiny_student
 
@@ -52,12 +52,13 @@ def test_layout_is_the_stated_one(bundle: Path) -> None:
     )
     assert (bundle / "labels.txt").read_text(encoding="utf-8") == "".join(f"{name}\n" for name in CLASSES)
     facts = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))
-    assert facts["schema"] == 1 and facts["opset"] == 17 and facts["exporter"] == "torchscript"
+    assert (facts["schema"], facts["version"], facts["default_precision"]) == (2, 1, "fp32")
     assert facts["input"] == {"name": "image", "dtype": "uint8", "shape": ["batch", 32, 32, 3]}
     assert facts["output"] == {"name": "logits", "dtype": "float32", "shape": ["batch", 3]}
-    assert set(facts["head"]) == {"input", "weight", "bias"}
     assert facts["lineage"] == {"trained_on": ["00"], "path": "last layer"}
     precision = facts["precisions"]["fp32"]
+    assert (precision["file"], precision["opset"], precision["exporter"]) == ("model.onnx", 17, "torchscript")
+    assert set(precision["head"]) == {"input", "weight", "bias"}
     assert precision["accuracy"] == {"top1": 0.5, "n_test": 6}
     assert precision["parity"]["max_abs_error"] <= precision["parity"]["tolerance"]
     metadata = {prop.key: prop.value for prop in onnx.load(bundle / "model.onnx").metadata_props}
@@ -150,7 +151,7 @@ def no_model(folder: Path) -> None:
         (shutil.rmtree, "no bundle"),
         (lambda folder: cut(folder / "bundle.json") or cut(folder / "bundle.json"), "is not a bundle's JSON"),
         (lambda folder: (folder / "bundle.json").write_text("[]"), "is not a bundle's JSON"),
-        (another_schema, "schema 99, this synthkit reads 1"),
+        (another_schema, "schema 99, this synthkit reads 2"),
         (spoiled_weight, "model.onnx differs from golden.npz by"),
         (spoiled_to_nan, "model.onnx differs from golden.npz by nan"),
         (lost_label, "labels.txt holds 2 names, model.onnx has 3 logits"),
@@ -229,17 +230,62 @@ def test_predict_py_says_in_one_line_what_is_wrong(bundle: Path, tmp_path: Path)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1) and "pip install onnxruntime" in done.stderr
 
 
+def trtexec(folder: Path, help_text: str) -> dict[str, str]:
+    """An environment whose trtexec prints its arguments, one per line."""
+    fake = folder / "trtexec"
+    fake.write_text(f'#!/bin/sh\n[ "$1" = --help ] && echo "{help_text}" && exit\nprintf "%s\\n" "$@"\n')
+    fake.chmod(0o755)
+    return {**os.environ, "TRTEXEC": str(fake)}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 @pytest.mark.parametrize(
     ("flags", "generation"), [("--fp16", "8"), ("--fp16 --stronglyTyped", "10"), ("--useCudaGraph", "11")]
 )
-def test_build_engine_gives_each_generation_its_line(bundle: Path, flags: str, generation: str) -> None:
-    fake = bundle.parent / "trtexec"
-    fake.write_text(f'#!/bin/sh\n[ "$1" = --help ] && echo "{flags}" && exit\nprintf "%s\\n" "$@"\n')
-    fake.chmod(0o755)
+def test_build_engine_gives_each_generation_its_line(
+    bundle: Path, flags: str, generation: str, precision: str
+) -> None:
+    (bundle / FILES[precision]).touch()
     done = subprocess.run(
-        [bundle / "build_engine.sh", "16"],
-        env={**os.environ, "TRTEXEC": str(fake)}, capture_output=True, text=True, check=True,
+        [bundle / "build_engine.sh", precision, "16"],
+        env=trtexec(bundle.parent, flags), capture_output=True, text=True, check=True,
     )  # fmt: skip
+    weak = {"fp32": [], "fp16": ["--fp16"], "int8": ["--int8", "--fp16"]}[precision]
+    typing = {"8": weak, "10": ["--stronglyTyped"], "11": []}[generation]
     shapes = ["--minShapes=image:1x32x32x3", "--optShapes=image:4x32x32x3", "--maxShapes=image:16x32x32x3"]
-    typing = ["--stronglyTyped"] if generation == "10" else []
-    assert done.stdout.split() == ["--onnx=model.onnx", "--saveEngine=model.plan", *typing, *shapes]
+    files = [f"--onnx={FILES[precision]}", f"--saveEngine=model.{precision}.plan"]
+    assert done.stdout.split() == [*files, *typing, *shapes]
+
+
+def test_build_engine_says_what_the_bundle_lacks(bundle: Path) -> None:
+    for argument, text in (("fp16", "holds no model.fp16.onnx"), ("fp8", "no precision 'fp8'")):
+        done = subprocess.run(
+            [bundle / "build_engine.sh", argument],
+            env=trtexec(bundle.parent, ""), capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert (done.returncode, done.stdout) == (1, "") and text in done.stderr
+
+
+def test_a_precision_that_is_not_there_is_refused(bundle: Path) -> None:
+    with pytest.raises(BundleError, match=r"holds no int8 model, but fp32; make one with `synthkit export"):
+        Bundle.open(bundle, "int8")
+
+
+def test_an_opset_other_than_the_stated_is_noticed(bundle: Path) -> None:
+    restate(bundle, lambda facts: facts["precisions"]["fp32"].update(opset=18))  # type: ignore[index]
+    assert verify(bundle) == ["model.onnx has opset 17, bundle.json states 18"]
+
+
+def test_labels_in_another_order_than_the_models_are_noticed(bundle: Path) -> None:
+    (bundle / "labels.txt").write_text("".join(f"{name}\n" for name in reversed(CLASSES)), encoding="utf-8")
+    rehash(bundle, "labels.txt")
+    assert verify(bundle) == ["labels.txt names other classes than the metadata of model.onnx"]
+
+
+def test_a_changed_bundle_can_be_sealed_again(bundle: Path) -> None:
+    facts = read_facts(bundle)
+    (bundle / "notes.txt").write_text("x")
+    assert verify(bundle) == ["notes.txt does not belong to it"]
+    seal(bundle, {**facts, "version": 2})
+    assert verify(bundle) == [] and read_facts(bundle)["version"] == 2
+    assert set(read_facts(bundle)["files"]) == {*facts["files"], "notes.txt"}

@@ -2,18 +2,15 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from synthkit.artifacts import read_manifest
-from synthkit.engines import build
-from synthkit.engines.build import choose_backend, probe_tensorrt
-from synthkit.engines.export import component_parity, export_pipeline
-from synthkit.errors import ConfigError, EngineError, ModelError, ParityError
+from synthkit.engines.export import export_pipeline
+from synthkit.engines.parity import component_parity
+from synthkit.errors import ConfigError, ModelError, ParityError
 from synthkit.recipes.build_engines import base_model, build_engines, build_engines_request, engine_list
 from synthkit.recipes.settings import EngineSettings
 from tests.tiny_models import IMAGE
@@ -125,34 +122,3 @@ def test_settings_that_cannot_be_used(tiny_model: Path, tmp_path: Path) -> None:
         with pytest.raises(ConfigError):
             build_engines(EngineSettings(model=str(tiny_model), **changes), tmp_path / "engines")
     assert not (tmp_path / "engines").exists()
-
-
-def test_tensorrt_is_refused_honestly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "probe_tensorrt", lambda: None)
-    with pytest.raises(EngineError, match="builds no plans yet; use --backend onnxruntime"):
-        choose_backend("tensorrt")
-    assert choose_backend("auto")[0] == "onnxruntime"
-    monkeypatch.setattr(build, "probe_tensorrt", lambda: "no GPU")
-    with pytest.raises(EngineError, match="cannot build TensorRT engines: no GPU"):
-        choose_backend("tensorrt")
-    assert choose_backend("auto") == ("onnxruntime", "no GPU")
-
-
-def test_the_probe_needs_a_runtime_not_an_import(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Logger:
-        ERROR = 1
-
-        def __init__(self, level: int) -> None: ...
-
-    def fails(logger: Logger) -> None:
-        raise RuntimeError("CUDA initialization failure with error: 35")
-
-    fake = SimpleNamespace(__version__="10.3.0", Logger=Logger, Runtime=fails)
-    monkeypatch.setitem(sys.modules, "tensorrt", fake)
-    assert probe_tensorrt() == "TensorRT 10.3.0 cannot start: CUDA initialization failure with error: 35"
-    fake.Runtime = lambda logger: None
-    assert probe_tensorrt() == "TensorRT 10.3.0 finds no usable GPU"
-    fake.Runtime = lambda logger: object()
-    assert probe_tensorrt() is None
-    monkeypatch.setitem(sys.modules, "tensorrt", None)
-    assert probe_tensorrt() == "the tensorrt package is not installed"

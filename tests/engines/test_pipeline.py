@@ -10,6 +10,7 @@ import pytest
 
 from synthkit import style as style_files
 from synthkit.engines.pipeline import EnginePipeline
+from synthkit.engines.session import open_session
 from synthkit.errors import EngineError, ModelError
 from synthkit.style import StyleToken
 from tests.tiny_models import IMAGE, WIDTH, write_token
@@ -88,9 +89,9 @@ def test_embeddings_with_a_token_are_those_of_diffusers(
     prompt = f"A b photo in the style of {token}"
     with torch.inference_mode():
         wanted, _ = reference.encode_prompt(prompt, "cpu", 1, False)
-    got = pipeline.embed([prompt], style_files.load(path))
+    got = pipeline.embed([prompt], style_files.load(path)).hidden
     assert np.abs(got - wanted.numpy()).max() < 1e-4
-    assert np.abs(got - pipeline.embed([prompt])).max() > 0.1, "without the token it is another text"
+    assert np.abs(got - pipeline.embed([prompt]).hidden).max() > 0.1, "without the token it is another text"
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
@@ -103,11 +104,13 @@ def test_an_image_does_not_depend_on_its_batch(
     assert whole.dtype == np.uint8 and whole.shape == (8, IMAGE, IMAGE, 3)
     for size in (1, 3):
         parts = [
-            pipeline.draw(embeddings[start : start + size], seeds[start : start + size], 5, guidance)
+            pipeline.draw(
+                embeddings.take(slice(start, start + size)), seeds[start : start + size], 5, guidance
+            )
             for start in range(0, 8, size)
         ]
         assert np.array_equal(np.concatenate(parts), whole)
-    turned = pipeline.draw(embeddings[::-1], seeds[::-1], 5, guidance)
+    turned = pipeline.draw(embeddings.take(slice(None, None, -1)), seeds[::-1], 5, guidance)
     assert np.array_equal(turned[::-1], whole)
 
 
@@ -123,7 +126,7 @@ def test_a_scheduler_that_adds_noise_takes_it_from_the_image_s_seed(
     pipeline = EnginePipeline.open(tmp_path / "engines", "cpu")
     embeddings = pipeline.embed(["a", "b"])
     whole = pipeline.draw(embeddings, [1, 2], 4, 2.0)
-    assert np.array_equal(pipeline.draw(embeddings[1:], [2], 4, 2.0)[0], whole[1])
+    assert np.array_equal(pipeline.draw(embeddings.take([1]), [2], 4, 2.0)[0], whole[1])
     assert whole.std() > 10
 
 
@@ -136,10 +139,10 @@ def test_the_tokenizer_is_of_the_class_that_the_pipeline_names(
     shutil.copytree(tiny_engines, folder)
     CLIPTokenizerFast.from_pretrained(str(folder / "tokenizer")).save_pretrained(str(folder / "tokenizer"))
     index = json.loads((folder / "model_index.json").read_text())
-    wanted = EnginePipeline.open(folder, "cpu").embed(PROMPTS, token)
+    wanted = EnginePipeline.open(folder, "cpu").embed(PROMPTS, token).hidden
     index["tokenizer"][1] = "CLIPTokenizerFast"
     (folder / "model_index.json").write_text(json.dumps(index))
-    assert np.array_equal(EnginePipeline.open(folder, "cpu").embed(PROMPTS, token), wanted)
+    assert np.array_equal(EnginePipeline.open(folder, "cpu").embed(PROMPTS, token).hidden, wanted)
     index["tokenizer"][1] = "T5Tokenizer"
     (folder / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(EngineError, match="cannot read the tokenizer"):
@@ -154,20 +157,74 @@ def test_external_weights_stay_where_they_are(tiny_engines: Path, tmp_path: Path
     path.unlink()
     onnx.save_model(model, path, save_as_external_data=True, location="model.onnx_data", size_threshold=0)
     token = style_files.load(tiny_style)
-    wanted = EnginePipeline.open(tiny_engines, "cpu").embed(PROMPTS, token)
-    assert np.array_equal(EnginePipeline.open(folder, "cpu").embed(PROMPTS, token), wanted)
+    wanted = EnginePipeline.open(tiny_engines, "cpu").embed(PROMPTS, token).hidden
+    assert np.array_equal(EnginePipeline.open(folder, "cpu").embed(PROMPTS, token).hidden, wanted)
 
 
 def test_broken_images_are_named(tiny_engines: Path) -> None:
     pipeline = EnginePipeline.open(tiny_engines, "cpu")
     embeddings = pipeline.embed(["a", "b"])
-    embeddings[1] = np.nan
+    embeddings.hidden[1] = np.nan
     with pytest.raises(
         EngineError, match=r"1 of 2 images came out as NaN or infinite: b/00000\.png; rebuild"
     ):
         pipeline.draw(embeddings, [1, 2], 2, 2.0, ["a/00000.png", "b/00000.png"])
     with pytest.raises(EngineError, match="infinite: of seed 2;"):
         pipeline.draw(embeddings, [1, 2], 2, 1.0)
+
+
+def test_images_of_one_colour_are_named(pipeline: EnginePipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = pipeline.decode
+
+    def black(latents: np.ndarray) -> np.ndarray:
+        images = decode(latents)
+        images[1] = -3.0  # far below black, and not quite even
+        images[1, 0, 0, 0] = -2.0
+        return images
+
+    monkeypatch.setattr(pipeline, "decode", black)
+    embeddings = pipeline.embed(["a", "b", "c"])
+    with pytest.raises(EngineError, match=r"1 of 3 images came out black or of one colour: b; rebuild"):
+        pipeline.draw(embeddings, [1, 2, 3], 2, 1.0, ["a", "b", "c"])
+
+
+def test_a_batch_drawn_by_several_workers_is_the_same(
+    pipeline: EnginePipeline, tiny_engines: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    several = EnginePipeline.open(tiny_engines, "cpu")
+    assert several.workers == 3 and pipeline.workers == 1
+    embeddings, seeds = pipeline.embed(["a"]).take([0] * 7), list(range(7))
+    wanted = pipeline.draw(embeddings, seeds, 3, 2.0)
+    assert np.array_equal(several.draw(embeddings, seeds, 3, 2.0), wanted)
+    embeddings.hidden[4] = np.nan
+    with pytest.raises(EngineError, match="1 of 7 images came out as NaN or infinite: of seed 4;"):
+        several.draw(embeddings, seeds, 3, 2.0)
+
+
+def test_kept_embeddings_spare_the_text_encoder(
+    tiny_engines: Path, tiny_style: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from synthkit.engines import pipeline as module
+
+    kept, token = tmp_path / "kept.npz", style_files.load(tiny_style)
+    first = EnginePipeline.open(tiny_engines, "cpu")
+    wanted, none = first.embed(PROMPTS, token, kept), first.unconditional()
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the text encoder ran")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "embed", refuse)
+        patched.setattr(module, "unconditional", refuse)
+        again = EnginePipeline.open(tiny_engines, "cpu")
+        assert np.array_equal(again.embed(PROMPTS, token, kept).hidden, wanted.hidden)
+        assert np.array_equal(again.unconditional().hidden, none.hidden)
+        for prompts, style in ((PROMPTS[:2], token), (PROMPTS, None)):
+            with pytest.raises(AssertionError, match="ran"):
+                again.embed(prompts, style, kept)
+    kept.write_bytes(kept.read_bytes()[:-100])
+    assert np.array_equal(first.embed(PROMPTS, token, kept).hidden, wanted.hidden)
 
 
 def test_the_vae_encoder_opens_when_it_is_asked_for(pipeline: EnginePipeline) -> None:
@@ -198,3 +255,40 @@ def test_folders_that_are_no_engines(tiny_engines: Path, tmp_path: Path) -> None
     (folder / "scheduler" / "scheduler_config.json").unlink()
     with pytest.raises(EngineError, match=r"cannot read .*scheduler_config\.json"):
         EnginePipeline.open(folder)
+
+
+class _Plan:
+    """A session of another kind than ONNX Runtime's, as a TensorRT plan is."""
+
+    def __init__(self, path: Path) -> None:
+        self._session = open_session(path)
+        self.inputs, self.outputs = self._session.inputs, self._session.outputs
+        self.provider = "plan"
+        self.runs = 0
+
+    def run(self, feeds: Any) -> dict[str, np.ndarray]:
+        self.runs += 1
+        return self._session.run(feeds)
+
+    def close(self) -> None:
+        self._session.close()
+
+
+def test_plans_draw_where_the_folder_has_them(
+    pipeline: EnginePipeline, tiny_engines: Path, tiny_style: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: dict[str, _Plan] = {}
+
+    def open_plan(folder: Path, component: str) -> _Plan:
+        assert folder == tiny_engines
+        return opened.setdefault(component, _Plan(folder / component / "model.onnx"))
+
+    monkeypatch.setattr("synthkit.engines.pipeline.has_plans", lambda folder: True)
+    monkeypatch.setattr("synthkit.engines.pipeline.open_plan", open_plan)
+    planned, style = EnginePipeline.open(tiny_engines), style_files.load(tiny_style)
+    images = planned.draw(planned.embed(PROMPTS, style), SEEDS, 3, 2.0)
+    expected = pipeline.draw(pipeline.embed(PROMPTS, style), SEEDS, 3, 2.0)
+    assert planned.provider == "plan" and images.std() > 10
+    assert np.abs(images.astype(int) - expected).max() <= 1, "rounding of the specialised graph"
+    assert opened["unet"].runs == 3 and opened["vae_decoder"].runs == 1
+    planned.close()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from synthkit.engines import session
-from synthkit.engines.session import open_session
+from synthkit.engines.session import content_prefix, open_session
 from synthkit.errors import EngineError, MissingExtra
 from synthkit.tensors import TensorSpec
 
@@ -20,7 +20,7 @@ IDS = np.zeros((2, 77), np.int64)
 def test_a_session_tells_its_tensors_and_runs(tiny_engines: Path) -> None:
     encoder = open_session(tiny_engines / "text_encoder" / "model.onnx")
     assert encoder.provider == "cpu"
-    assert encoder.inputs == (TensorSpec("input_ids", "int64", ("batch_size", "sequence_length")),)
+    assert encoder.inputs == (TensorSpec("input_ids", "int64", ("batch", 77)),)
     assert encoder.run({"input_ids": IDS})["last_hidden_state"].shape == (2, 77, 32)
 
 
@@ -68,7 +68,10 @@ class FallsBack:
 
     def InferenceSession(self, *_: Any, **__: Any) -> Any:
         return SimpleNamespace(
-            get_providers=lambda: ["CPUExecutionProvider"], get_inputs=list, get_outputs=list
+            get_providers=lambda: ["CPUExecutionProvider"],
+            get_inputs=list,
+            get_outputs=list,
+            disable_fallback=lambda: None,
         )
 
 
@@ -82,7 +85,9 @@ def test_a_provider_that_did_not_load_is_an_error(monkeypatch: pytest.MonkeyPatc
 def test_an_unknown_or_absent_provider_is_an_error(tiny_engines: Path) -> None:
     import onnxruntime
 
-    with pytest.raises(EngineError, match=r"no provider 'cud'; did you mean cuda.*; one of auto, cpu, cuda"):
+    with pytest.raises(
+        EngineError, match=r"no provider 'cud'; did you mean cuda.*; one of auto, cpu, cuda, tensorrt"
+    ):
         open_session(tiny_engines / "unet" / "model.onnx", "cud")
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         with pytest.raises(EngineError, match="has no CUDAExecutionProvider"):
@@ -93,3 +98,64 @@ def test_without_onnxruntime_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(MissingExtra, match=r"synthkit\[cpu\]"):
         open_session(b"model")
+
+
+def test_a_bound_session_fills_the_tensors_it_was_given(tiny_engines: Path) -> None:
+    import torch
+
+    decoder = open_session(tiny_engines / "vae_decoder" / "model.onnx")
+    latents, images = torch.zeros(2, 4, 4, 4), torch.empty(2, 3, 16, 16)
+    compute = decoder.bind({"latent_sample": latents}, {"sample": images})
+    for value in (0.0, 1.0):
+        latents.fill_(value)
+        compute()
+        wanted = decoder.run({"latent_sample": latents.numpy()})["sample"]
+        assert np.array_equal(images.numpy(), wanted)
+    with pytest.raises(EngineError, match=r"input 'latent_sample' must be float32 .* got float64"):
+        decoder.bind({"latent_sample": latents.double()}, {"sample": images})
+    with pytest.raises(EngineError, match="'latent_sample' must be a contiguous tensor on cpu"):
+        decoder.bind({"latent_sample": latents.transpose(2, 3)}, {"sample": images})
+    decoder.close()
+    with pytest.raises(EngineError, match="was closed"):
+        compute()
+
+
+def test_the_placement_names_every_provider(tiny_engines: Path) -> None:
+    placed = open_session(tiny_engines / "vae_decoder" / "model.onnx").placement()
+    assert list(placed) == ["CPUExecutionProvider"] and placed["CPUExecutionProvider"] > 10
+
+
+def test_a_provider_whose_registration_fails_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Raises(FallsBack):
+        def get_available_providers(self) -> list[str]:
+            return ["TensorrtExecutionProvider", *super().get_available_providers()]
+
+        def InferenceSession(self, *_: Any, **given: Any) -> Any:
+            assert given["enable_fallback"] == 0, "Python would open the model on the CPU"
+            raise RuntimeError("Failed to load TensorrtExecutionProvider: libnvinfer.so.10: not found")
+
+    monkeypatch.setattr(session, "_onnxruntime", Raises)
+    with pytest.raises(
+        EngineError, match=r"'tensorrt' did not load .*libnvinfer\.so\.10.*; install TensorRT 10"
+    ):
+        open_session(b"model", "tensorrt")
+
+
+def test_cached_engines_are_named_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"graph")
+    names = [content_prefix(path)]
+    (tmp_path / "model.onnx_data").write_bytes(b"weights")
+    names.append(content_prefix(path))
+    (tmp_path / "model.onnx_data").write_bytes(b"weightt")
+    names.append(content_prefix(path))
+    assert len(set(names)) == 3
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    for file in ("model.onnx", "model.onnx_data"):
+        (moved / file).write_bytes((tmp_path / file).read_bytes())
+    assert content_prefix(moved / "model.onnx") == names[-1]
+    monkeypatch.setattr(session, "_CACHE", tmp_path / "cache")
+    (_, options), after = session._wished("tensorrt", path)
+    assert options["trt_engine_cache_prefix"] == names[-1] and after == "CUDAExecutionProvider"
+    assert options["trt_engine_cache_path"] == str(tmp_path / "cache") and (tmp_path / "cache").is_dir()

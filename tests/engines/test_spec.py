@@ -53,7 +53,7 @@ def test_a_size_that_the_networks_cannot_take_is_refused(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"unet": {"addition_embed_type": "text_time"}}, "addition_embed_type"),
+        ({"unet": {"addition_embed_type": "image"}}, "addition_embed_type = image"),
         ({"unet": {"in_channels": 9}}, "in_channels = 9"),
         ({"unet": {"cross_attention_dim": 1024}}, "cross_attention_dim = 1024"),
         ({"unet": {"block_out_channels": None}}, "lack"),

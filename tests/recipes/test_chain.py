@@ -142,9 +142,9 @@ def test_a_dry_run_plans_and_does_nothing(site: Site, tiny_model: Path, tmp_path
 
 
 def test_another_photo_redoes_what_depends_on_it(site: Site) -> None:
-    path = site.root / "few_shots" / "red" / "1.png"
-    with Image.open(path) as image:
-        image.rotate(90).save(path)
+    for path in (site.root / "few_shots" / "red").iterdir():  # three steps do not look at every photo
+        with Image.open(path) as image:
+            image.rotate(90).save(path)
     assert done(site.adapt()) == STAGES[1:]
 
 

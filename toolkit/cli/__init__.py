@@ -26,6 +26,8 @@ COMMANDS = {
     "predict": "Classify images with a bundle.",
     "evaluate": "Measure a bundle's top-1 on a test folder.",
     "verify": "Check that a bundle is whole and computes what it should.",
+    "bench": "Measure a bundle's or engines' speed and memory.",
+    "serve": "Answer HTTP requests with a bundle.",
     "compare": "Table of methods, shots and seeds on one data set.",
     "doctor": "Tell what this machine can really run.",
     "demo": "Run the whole chain on embedded real data.",
@@ -34,8 +36,9 @@ COMMANDS = {
 #: Importable module -> the extra of synthkit that brings it.
 EXTRAS = {
     "onnxruntime": "cpu",
-    **dict.fromkeys(("tensorrt", "polygraphy"), "tensorrt"),
+    "tensorrt": "tensorrt",
     "ray": "ray",
+    **dict.fromkeys("starlette uvicorn python_multipart prometheus_client".split(), "serve"),
     **dict.fromkeys(
         "torch torchvision timm diffusers transformers tokenizers huggingface_hub optimum onnx onnxscript "
         "safetensors accelerate sklearn scipy jinja2 matplotlib".split(),

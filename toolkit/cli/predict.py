@@ -17,10 +17,19 @@ from synthkit.cli import options
 def command(workspace: Path, bundle: Path | None, top: int, images: tuple[Path, ...]) -> options.Output:
     """Classify images with a bundle; torch is not needed.
 
+    Where a threshold was fitted (`synthkit adapt --bundle ... --coverage 0.9`), a less certain answer is
+    "unknown".
+
     \b
     Example: synthkit predict --bundle ./bundle photo.jpg
     """
     from synthkit.engines.bundle import Bundle
+    from synthkit.engines.bundle_versions import find_again
 
-    found = Bundle.open(bundle or workspace / "bundle").classify(images, top)
+    folder = bundle or workspace / "bundle"
+    find_again(folder)
+    opened = Bundle.open(folder)
+    confidence = standalone.read_confidence(folder)
+    ranked = opened.classify(images, len(opened.labels))
+    found = [standalone.decided(one, confidence, top) for one in ranked]
     return options.Output({"predictions": found}, standalone.as_text(found))

@@ -23,6 +23,8 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _WEIGHTS = ("text_encoder", "unet", "vae")
 _PATTERNS = ("*.json", "*.txt", "*.safetensors", CLASSES)
 _FOLDERS = (*_WEIGHTS, "tokenizer", "scheduler")
+_SECOND = ("text_encoder_2", "tokenizer_2")  # of SDXL
+_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 _WAYS_OUT = "give another generator with --model HUB_ID_OR_DIR, or leave synthetic images out with --no-synth"
 
 
@@ -64,17 +66,19 @@ def _complete(folder: Path) -> Path:
         )
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    except ValueError:
+        kind = index.get("_class_name")
+    except (ValueError, AttributeError):
         raise ModelError(f"{folder / INDEX} is not valid JSON; fetch the model again") from None
-    if "text_encoder_2" in index or "unet" not in index:
+    if kind not in _PIPELINES:
         raise ModelError(
-            f"{folder} holds a {index.get('_class_name', 'pipeline of unknown kind')}; supported are Stable "
-            "Diffusion 1.x and 2.x pipelines (CLIPTextModel, UNet2DConditionModel, AutoencoderKL)"
+            f"{folder} holds a {kind or 'pipeline of unknown kind'}; supported are text-to-image pipelines "
+            f"of Stable Diffusion 1.x and 2.x, SD-Turbo and SDXL ({', '.join(_PIPELINES)})"
         )
-    missing = [f"{name}/" for name in _FOLDERS if not (folder / name).is_dir()]
+    second = _SECOND if kind == _PIPELINES[1] else ()
+    missing = [f"{name}/" for name in (*_FOLDERS, *second) if not (folder / name).is_dir()]
     missing += [
         f"{name}/*.safetensors"
-        for name in _WEIGHTS
+        for name in (*_WEIGHTS, *second[:1])
         if f"{name}/" not in missing and not list((folder / name).glob("*.safetensors"))
     ]
     if missing:
@@ -90,7 +94,7 @@ def _from_hub(hub_id: str, download: bool) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise MissingExtra("huggingface_hub", "train") from None
-    patterns = [INDEX, CLASSES, *(f"{folder}/{one}" for folder in _FOLDERS for one in _PATTERNS)]
+    patterns = [INDEX, CLASSES, *(f"{folder}/{one}" for folder in (*_FOLDERS, *_SECOND) for one in _PATTERNS)]
     skipped = ["*.fp16.*", "*.non_ema.*"]
     try:
         found = snapshot_download(
@@ -112,7 +116,8 @@ def _from_hub(hub_id: str, download: bool) -> Path:
 
 def model_fingerprint(model_dir: Path) -> str:
     """Digest of the files that the export reads; no path, no time, no file that it leaves alone."""
-    files = [model_dir / INDEX, *(path for name in _FOLDERS for path in sorted((model_dir / name).iterdir()))]
+    folders = [model_dir / name for name in (*_FOLDERS, *_SECOND) if (model_dir / name).is_dir()]
+    files = [model_dir / INDEX, *(path for folder in folders for path in sorted(folder.iterdir()))]
     if (model_dir / CLASSES).is_file():
         files.append(model_dir / CLASSES)
     read = [path for path in files if path.is_file() and any(path.match(one) for one in _PATTERNS)]

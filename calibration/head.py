@@ -1,0 +1,236 @@
+"""The last layer refitted to a few photos: logistic regression with the present head as its prior.
+
+    minimise  sum_i CE(y_i, W x_i + b)  +  strength / 2 * (s^2 ||W - W0||^2 + ||b - b0||^2)
+
+x are the features that enter the head, s is their root mean square norm, W0 and b0 are the present head. A
+large strength keeps the head as it is, a small one believes the photos alone; photos that were held out
+choose. The row of a new class starts at the mean of its photos (weight imprinting, Qi et al. 2018, arXiv
+1712.07136).
+
+The difference from the prior lies in the span of the features, so that the problem has as many unknowns per
+class as there are photos, whatever the width of the network. NumPy in float64: the same photos in the same
+order give the same head. This module knows features and class indices, no image, no file and no network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from synthkit.calibration.confidence import fit_temperature
+from synthkit.metrics import log_loss
+from synthkit.standalone import softmax
+
+STRENGTHS = tuple(float(10.0**power) for power in np.arange(1, -2.01, -0.5))
+"""From nearly the present head to nearly the photos alone."""
+
+DEFAULT_STRENGTH = 0.1
+"""Where no photo can be held out."""
+
+_FOLDS = 5
+_LEAVE_ONE_OUT = 16  # up to so many photos each is a fold of its own
+_MOST_STEPS = 1000
+_TOLERANCE = 1e-3  # change of a logit in a step that ends the search
+_SPANNED = 1e-10  # of the largest eigenvalue: smaller ones are directions that the photos do not span
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """A last layer.
+
+    Attributes:
+        weight: float [classes, width].
+        bias: float [classes].
+    """
+
+    weight: np.ndarray
+    bias: np.ndarray
+
+    def logits(self, features: np.ndarray) -> np.ndarray:
+        """Logits, float64 [N, classes], of features [N, width]."""
+        return np.asarray(features.astype(np.float64) @ self.weight.astype(np.float64).T + self.bias)
+
+    def divided(self, temperature: float) -> LinearHead:
+        """The head whose logits are those of this one divided by a temperature."""
+        return LinearHead(self.weight / temperature, self.bias / temperature)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What a head is fitted to.
+
+    Attributes:
+        features: float [N, width].
+        labels: class indices [N].
+    """
+
+    features: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def at(self, rows: np.ndarray) -> Examples:
+        """The examples at the given positions."""
+        return Examples(self.features[rows], self.labels[rows])
+
+    def and_also(self, other: Examples) -> Examples:
+        """These examples, then the others."""
+        return Examples(
+            np.concatenate([self.features, other.features]), np.concatenate([self.labels, other.labels])
+        )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What held-out examples say.
+
+    Attributes:
+        strength: the best one.
+        rows: positions of those that were held out, once each, in the photos followed by the memory.
+        logits: of these, each from a head that has not been fitted to it, float64 [rows, classes].
+        folds: how many heads that took; 0: none could be held out and the strength is the default.
+    """
+
+    strength: float
+    rows: np.ndarray
+    logits: np.ndarray
+    folds: int
+
+
+def fit_head(
+    head: LinearHead, photos: Examples, memory: Examples, classes: int, strength: float
+) -> LinearHead:
+    """The head refitted to photos.
+
+    Args:
+        head: the present head; its classes come first.
+        photos: what to learn; classes without photos are kept.
+        memory: examples of earlier photos, learnt as well.
+        classes: classes of the result, at least those of the head; every new one has photos.
+        strength: how firmly the present head is held, above 0.
+    """
+    return next(_fit_all(head, photos.and_also(memory), classes, [strength]))
+
+
+def choose_strength(head: LinearHead, photos: Examples, memory: Examples, classes: int) -> Choice:
+    """The strength under which held-out photos are most likely, and what they then get as logits.
+
+    The likelihood is taken at its own best temperature, because the temperature is fitted anyway: what counts
+    is how well the classes are told apart. Of the memory, the classes that the photos lack are judged as
+    well, or a new class would be chosen to be seen everywhere; the rest of it is learnt in every fold.
+
+    Args:
+        head: the present head.
+        photos: ordered by class; each class is dealt evenly over the folds.
+        memory: examples of earlier photos.
+        classes: classes of the result.
+    """
+    everything = photos.and_also(memory)
+    rows = _can_be_held_out(photos.labels, everything.labels, len(head.bias))
+    if len(rows) < 2:
+        return Choice(DEFAULT_STRENGTH, rows[:0], np.empty((0, classes)), 0)
+    folds = len(rows) if len(rows) <= _LEAVE_ONE_OUT else _FOLDS
+    found = np.empty((len(STRENGTHS), len(rows), classes))
+    for fold in range(folds):
+        judged = np.arange(fold, len(rows), folds)
+        learnt = everything.at(np.setdiff1d(np.arange(len(everything)), rows[judged]))
+        for place, fitted in enumerate(_fit_all(head, learnt, classes, STRENGTHS)):
+            found[place, judged] = fitted.logits(everything.features[rows[judged]])
+    losses = [_loss_at_best_temperature(logits, everything.labels[rows]) for logits in found]
+    best = int(np.argmin(losses))  # the strongest of equal ones
+    return Choice(STRENGTHS[best], rows, found[best], folds)
+
+
+def _can_be_held_out(photos: np.ndarray, labels: np.ndarray, known: int) -> np.ndarray:
+    """Positions of what is judged and remains known without it: to the head, or by another example.
+
+    Args:
+        photos: labels of the photos.
+        labels: the same, then those of the memory.
+        known: classes of the present head.
+    """
+    judged = (np.arange(len(labels)) < len(photos)) | ~np.isin(labels, photos)
+    return np.flatnonzero(judged & ((labels < known) | (np.bincount(labels)[labels] > 1)))
+
+
+def _loss_at_best_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
+    return log_loss(logits / fit_temperature(logits, labels), labels)
+
+
+def _fit_all(
+    head: LinearHead, examples: Examples, classes: int, strengths: Sequence[float]
+) -> Iterator[LinearHead]:
+    """A head for each strength, each search beginning where the one before has ended."""
+    prior = _with_new_classes(head, examples, classes)
+    features = examples.features.astype(np.float64)
+    scale = max(float(np.sqrt((features**2).sum(axis=1).mean())), 1e-12)
+    sizes, vectors = np.linalg.eigh(features @ features.T / scale**2 + 1)  # + 1: the bias
+    spanned = sizes > _SPANNED * sizes[-1]
+    sizes, vectors = sizes[spanned], vectors[:, spanned]
+    problem = _Problem(
+        vectors * np.sqrt(sizes), sizes, prior.logits(features), np.eye(classes)[examples.labels]
+    )
+    change = np.zeros((len(sizes), classes))
+    for strength in strengths:
+        change = problem.solve(strength, change)
+        shares = vectors / np.sqrt(sizes) @ change  # [N, classes]: of each example in each class's row
+        yield LinearHead(prior.weight + shares.T @ features / scale**2, prior.bias + shares.sum(axis=0))
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Logistic regression in the coordinates of the examples' span.
+
+    Attributes:
+        coordinates: of every example, [N, rank]; coordinates.T @ coordinates is diagonal.
+        sizes: that diagonal, [rank].
+        base: logits of the prior [N, classes].
+        targets: one row of probabilities per example [N, classes].
+    """
+
+    coordinates: np.ndarray
+    sizes: np.ndarray
+    base: np.ndarray
+    targets: np.ndarray
+
+    def solve(self, strength: float, change: np.ndarray) -> np.ndarray:
+        """The change of the prior [rank, classes] that minimises the regularised loss.
+
+        Half the diagonal bounds the curvature of the log loss everywhere (Boehning 1992), so that its inverse
+        is a step that never overshoots; momentum with restarts (O'Donoghue and Candes 2015) makes the steps
+        few.
+        """
+        step = 1 / (0.5 * self.sizes + strength)[:, None]
+        ahead, momentum = change, 1.0
+        for _ in range(_MOST_STEPS):
+            error = softmax(self.base + self.coordinates @ ahead) - self.targets
+            gradient = self.coordinates.T @ error + strength * ahead
+            new = ahead - step * gradient
+            if np.vdot(gradient, new - change) > 0:
+                momentum = 1.0
+            faster = (1 + np.sqrt(1 + 4 * momentum**2)) / 2
+            ahead = new + (momentum - 1) / faster * (new - change)
+            moved, change, momentum = np.abs(new - change).max(), new, faster
+            if moved * np.sqrt(self.sizes[-1]) < _TOLERANCE:
+                break
+        return change
+
+
+def _with_new_classes(head: LinearHead, examples: Examples, classes: int) -> LinearHead:
+    """The head with a row for every new class: as long as the others' and towards the mean of its examples.
+
+    The bias is such that the new class wins on its own examples by as much as it loses on all others.
+    """
+    for label in range(len(head.bias), classes):
+        own = examples.labels == label
+        centre = head.weight.mean(axis=0)
+        direction = examples.features[own].mean(axis=0) - examples.features[~own].mean(axis=0)
+        length = np.linalg.norm(head.weight - centre, axis=1).mean()
+        row = centre + length * direction / max(float(np.linalg.norm(direction)), 1e-12)
+        lead = examples.features @ row - head.logits(examples.features).max(axis=1)
+        bias = -(lead[own].mean() + lead[~own].mean()) / 2
+        head = replace(head, weight=np.vstack([head.weight, row]), bias=np.append(head.bias, bias))
+    return head

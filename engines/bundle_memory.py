@@ -1,0 +1,85 @@
+"""What a bundle remembers of the photos its head was fitted to, so that no old class is forgotten.
+
+    memory.npz    labels int64 [N], sha256 [N], features_<precision> float16 [N, width]
+
+Features that enter the head, not images: about 2.5 KB per photo and precision, a few photos per class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+MEMORY = "memory.npz"
+
+PER_CLASS = 16
+_HALF = float(np.finfo(np.float16).max)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Remembered photos.
+
+    Attributes:
+        labels: class indices, int64 [N].
+        sha256: of the photos' files [N].
+        features: precision -> what enters that model's head, [N, width].
+    """
+
+    labels: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    sha256: np.ndarray = field(default_factory=lambda: np.empty(0, "<U64"))
+    features: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def at(self, rows: np.ndarray) -> Memory:
+        """The photos at the given positions."""
+        kept = {name: values[rows] for name, values in self.features.items()}
+        return Memory(self.labels[rows], self.sha256[rows], kept)
+
+    def without(self, sha256: np.ndarray) -> Memory:
+        """All photos but those of the given contents."""
+        return self.at(np.flatnonzero(~np.isin(self.sha256, sha256)))
+
+    def after(self, newer: Memory) -> Memory:
+        """The newer photos, then these as far as a class still has room."""
+        if not len(self):
+            return newer._limited()
+        older = self.without(newer.sha256)
+        features = {
+            name: np.concatenate([values, older.features[name]]) for name, values in newer.features.items()
+        }
+        labels = np.concatenate([newer.labels, older.labels])
+        return Memory(labels, np.concatenate([newer.sha256, older.sha256]), features)._limited()
+
+    def _limited(self) -> Memory:
+        rank = [int(np.sum(self.labels[:place] == label)) for place, label in enumerate(self.labels)]
+        return self.at(np.flatnonzero(np.array(rank, dtype=int) < PER_CLASS))
+
+
+def read_memory(folder: Path, widths: Mapping[str, int]) -> Memory:
+    """A bundle's memory; an empty one where it has none for every precision.
+
+    Args:
+        folder: a bundle whose hashes were checked.
+        widths: precision -> width of the features.
+    """
+    if not (folder / MEMORY).is_file():
+        return Memory(features={name: np.empty((0, width), np.float32) for name, width in widths.items()})
+    with np.load(folder / MEMORY) as stored:
+        features = {name: stored[f"features_{name}"].astype(np.float32) for name in widths}
+        return Memory(stored["labels"], stored["sha256"], features)
+
+
+def write_memory(folder: Path, memory: Memory) -> None:
+    """Write memory.npz."""
+    features = {
+        f"features_{name}": np.clip(values, -_HALF, _HALF).astype(np.float16)
+        for name, values in memory.features.items()
+    }
+    with (folder / MEMORY).open("wb") as stream:
+        np.savez_compressed(stream, labels=memory.labels, sha256=memory.sha256, **features)

@@ -1,0 +1,104 @@
+"""Temperature, thresholds and sets keep what they promise on photos that were not used to fit them."""
+
+import numpy as np
+import pytest
+
+from synthkit.calibration.confidence import (
+    FEWEST,
+    Target,
+    fit_confidence,
+    fit_temperature,
+    set_minimum,
+    threshold_for_coverage,
+    threshold_for_error,
+)
+from synthkit.errors import ConfigError, DataError
+from synthkit.metrics import calibration_error
+from synthkit.standalone import softmax
+
+
+def honest(count: int, seed: int, classes: int = 4) -> tuple[np.ndarray, np.ndarray]:
+    """Logits whose probabilities are true: labels are drawn from them."""
+    random = np.random.default_rng(seed)
+    logits = random.normal(0, 2, (count, classes))
+    labels = np.array([random.choice(classes, p=row) for row in softmax(logits)])
+    return logits, labels
+
+
+@pytest.mark.parametrize("true", [0.4, 1.0, 3.0])
+def test_the_temperature_that_spoiled_the_logits_is_found(true: float) -> None:
+    logits, labels = honest(4000, 1)
+    assert fit_temperature(logits * true, labels) == pytest.approx(true, rel=0.1)
+
+
+def test_a_few_right_answers_make_no_certainty() -> None:
+    logits = np.eye(3)[np.arange(12) % 3] * 2.0
+    scores = softmax(logits / fit_temperature(logits, np.arange(12) % 3))
+    assert scores.max() < 0.97
+    assert fit_temperature(np.zeros((12, 3)), np.arange(12) % 3) > 0  # nothing to fit, nothing that fails
+
+
+def test_calibration_error_counts_what_it_should() -> None:
+    right = np.array([True, True, False, False])
+    assert calibration_error(np.array([1.0, 1.0, 1.0, 1.0]), right) == pytest.approx(0.5)
+    assert calibration_error(np.full(4, 0.5), right) == pytest.approx(0.0)
+    halves = np.array([0.9, 0.9, 0.1, 0.1])
+    assert calibration_error(halves, right) == pytest.approx(0.1)
+    assert calibration_error(np.array([0.0]), np.array([True])) == pytest.approx(1.0)
+
+
+def test_calibration_lowers_the_error_that_it_states() -> None:
+    logits, labels = honest(1000, 2)
+    found = fit_confidence(logits * 3, labels, Target())
+    assert found.facts["calibration_error_before"] > 0.1 > 0.05 > found.facts["calibration_error_after"]
+    fresh, answers = honest(4000, 3)
+    scores = softmax(fresh * 3 / found.temperature)
+    assert calibration_error(scores.max(axis=1), scores.argmax(axis=1) == answers) < 0.05
+    assert found.threshold is None and found.set_minimum is None and "coverage" not in found.facts
+
+
+def test_the_threshold_gives_the_coverage_or_the_error_asked_for() -> None:
+    logits, labels = honest(2000, 4)
+    fresh, answers = honest(4000, 5)
+    best, right = softmax(fresh).max(axis=1), softmax(fresh).argmax(axis=1) == answers
+    covered = fit_confidence(logits, labels, Target(coverage=0.7))
+    assert covered.threshold is not None
+    assert np.mean(best >= covered.threshold) == pytest.approx(0.7, abs=0.04)
+    assert covered.facts["coverage"] == pytest.approx(0.7, abs=0.01)
+    exact = fit_confidence(logits, labels, Target(error=0.1))
+    assert exact.threshold is not None
+    answered = best >= exact.threshold
+    assert 0.05 < 1 - right[answered].mean() < 0.14 and exact.facts["error"] <= 0.101
+    low, high = exact.facts["error_interval"]
+    assert low < exact.facts["error"] < high
+
+
+def test_thresholds_by_hand() -> None:
+    best, right = np.array([0.9, 0.8, 0.8, 0.6]), np.array([True, True, False, True])
+    assert threshold_for_coverage(best, 0.5) == 0.8 and threshold_for_coverage(best, 1.0) == 0.6
+    assert threshold_for_error(best, right, 0.25) == 0.6
+    assert threshold_for_error(best, right, 0.1) == 0.9  # 0.8 would answer the wrong one as well
+    with pytest.raises(DataError, match=r"no threshold keeps the wrong answers to 1\.0%"):
+        threshold_for_error(best, ~right, 0.01)
+
+
+def test_sets_hold_the_right_label_as_often_as_asked() -> None:
+    logits, labels = honest(2000, 6)
+    found = fit_confidence(logits, labels, Target(miss=0.1))
+    fresh, answers = honest(4000, 7)
+    inside = softmax(fresh / found.temperature) >= found.set_minimum
+    missed = 1 - inside[np.arange(len(answers)), answers].mean()
+    assert missed == pytest.approx(0.1, abs=0.025) and found.facts["set_size"] > 1
+    with pytest.raises(DataError, match="need at least 99 held-out ones, there are 50"):
+        set_minimum(np.full(50, 0.9), 0.01)
+
+
+def test_what_cannot_be_asked_for_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--coverage and --max-error both"):
+        Target(coverage=0.9, error=0.1)
+    with pytest.raises(ConfigError, match=r"error 1\.5 must lie between 0 and 1"):
+        Target(error=1.5)
+    logits, labels = honest(FEWEST - 1, 1)
+    with pytest.raises(DataError, match=f"at least {FEWEST} photos that can be held out, there are"):
+        fit_confidence(logits, labels, Target(coverage=0.9))
+    assert fit_confidence(logits, labels, Target()).temperature == 1.0
