@@ -178,7 +178,7 @@ def choose_path(
     """The path to follow, its gradient steps, the reason, and what cross-validation said of each path.
 
     The photos are dealt into folds; each path is followed on all folds but one and judged on the one. The
-    path with most held-out photos right is taken, the one with the higher likelihood where several are equal.
+    path with most held-out photos right is taken, the one that changes least where several are equal.
     """
     candidates = _candidates(settings, start.knows_classes)
     if len(candidates) == 1:
@@ -189,7 +189,7 @@ def choose_path(
         reason = "the default where a class has one photo, since none can be held out"
         return default, _steps(default, settings, training), reason, []
     verdicts = [_judge(path, start, examples, settings, training, folds) for path in candidates]
-    best = max(verdicts, key=lambda verdict: (verdict.top1, -verdict.loss))
+    best = max(verdicts, key=lambda verdict: verdict.top1)  # the first of equal ones, as PATHS orders them
     reason = f"{best.top1:.0%} of {len(examples)} held-out photos right in {folds}-fold cross-validation"
     return PATHS[best.path], best.steps, reason, verdicts
 
