@@ -261,3 +261,9 @@ print(sorted(heavy), file=sys.stderr)
 def test_help_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True, check=True)
     assert done.stderr == "[]\n"
+
+
+def test_help_lists_what_is_the_command_s_own_before_the_settings() -> None:
+    shown = CliRunner().invoke(main, ["adapt", "--help"]).stdout
+    places = [shown.index(f"  {flag} ") for flag in ("--real-dir", "--dry-run", "--adapt-steps")]
+    assert places == sorted(places)

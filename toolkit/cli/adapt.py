@@ -37,15 +37,15 @@ def _device_options(function: Any) -> Any:
 
 
 @options.command("adapt")
-@options.stage_options
-@options.settings_options(*_SECTIONS)
-@_device_options
-@click.option("--no-synth", is_flag=True, help="Adapt a pretrained student on the photos alone.")
-@click.option("--skip-bad", is_flag=True, help="Leave unreadable files out instead of refusing the folder.")
+@click.option("--real-dir", type=click.Path(path_type=Path), help="Class folders of the real photos.")
 @click.option(
     "--test-dir", type=click.Path(path_type=Path), help="Test images: measure the bundle at the end."
 )
-@click.option("--real-dir", type=click.Path(path_type=Path), help="Class folders of the real photos.")
+@click.option("--no-synth", is_flag=True, help="Adapt a pretrained student on the photos alone.")
+@click.option("--skip-bad", is_flag=True, help="Leave unreadable files out instead of refusing the folder.")
+@_device_options
+@options.stage_options
+@options.settings_options(*_SECTIONS)
 def command(workspace: Path, real_dir: Path | None, **values: Any) -> options.Output:
     """Turn a few photos per class into a verified bundle, running whatever earlier stage is missing.
 

@@ -57,7 +57,7 @@ def _dry_run(settings: Any, target: Path) -> options.Output:
         if settings.backend != "tensorrt":
             raise
         state, config = f"not possible here: {error}", {"backend": "tensorrt"}
-    lines = [f"would build {config} in {target} ({state})"]
+    lines = [f"would build {settings.model} for {config['backend']} in {target} ({state})"]
     data = {"dry_run": True, "state": state, "config": config, "out": target}
     if config["backend"] == "tensorrt":
         plans = preview_plans(settings)

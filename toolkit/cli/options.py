@@ -53,9 +53,21 @@ def command(name: str) -> Callable[[Function], click.Command]:
 
         functools.update_wrapper(run, function)  # takes over the options that other decorators added
         as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-        return click.command(name, help=function.__doc__)(as_json(click.pass_obj(run)))
+        made = click.command(name, help=function.__doc__)(as_json(click.pass_obj(run)))
+        made.params.sort(key=_place_in_help)
+        return made
 
     return decorate
+
+
+class SettingOption(click.Option):
+    """An option made from a settings dataclass; `--help` lists it after what is the command's own."""
+
+
+def _place_in_help(parameter: click.Parameter) -> int:
+    if isinstance(parameter, SettingOption):
+        return 2
+    return 1 if parameter.name in ("as_json", "config", "force", "dry_run") else 0
 
 
 @contextlib.contextmanager
@@ -122,8 +134,8 @@ def _option(field: dataclasses.Field[Any], kind: Any, name: str) -> Callable[[Fu
     flag = "--" + name.replace("_", "-")
     help_text = f"{field.metadata['help']}  [default: {_shown(field.default)}]"
     if kind is bool:
-        return click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=help_text)
-    return click.option(flag, name, type=_click_type(kind), default=None, help=help_text)
+        return click.option(f"{flag}/--no-{flag[2:]}", name, cls=SettingOption, default=None, help=help_text)
+    return click.option(flag, name, cls=SettingOption, type=_click_type(kind), default=None, help=help_text)
 
 
 def _shown(default: Any) -> str:
