@@ -256,7 +256,8 @@ def course(path: AdaptPath, start: Start, examples: Examples, settings: AdaptSet
 
     student = start.student.clone()
     if path is FULL:
-        student.new_head(settings.seed)  # bridged transfer++, "FC reinit"
+        if start.knows_classes:
+            student.new_head(settings.seed)  # bridged transfer++, "FC reinit"
         return Course(student, student, examples)
     student.train_only_last(path.units or 0)
     if path is UNCHANGED:

@@ -218,3 +218,12 @@ def test_pixels_are_normalised_as_timm_does(student: Student) -> None:
     found = student.normalise(to_unit_range(images))
     expected = [(1 - mean) / std for mean, std in zip(PREPROCESSING.mean, PREPROCESSING.std, strict=True)]
     assert found.shape == (1, 3, 2, 2) and torch.allclose(found[0, :, 0, 0], torch.tensor(expected))
+
+
+def test_a_new_head_on_pretrained_weights_favours_no_class(tmp_path: Path) -> None:
+    """The head that timm makes for a MobileNet gives logits in the tens before anything is learned."""
+    new_student("mobilenetv2_035", CLASSES, image_size=32).save(tmp_path)
+    student = new_student("mobilenetv2_035", CLASSES, weights=tmp_path, image_size=32)
+    assert not student.logits(noise(2)).any()
+    student.new_head(0)
+    assert student.logits(noise(2)).any()

@@ -66,6 +66,16 @@ class Student:
             torch.manual_seed(seed)
             self.model.reset_classifier(len(self.classes))
 
+    @torch.no_grad()
+    def clear_head(self) -> None:
+        """Let every logit start at zero.
+
+        How large timm makes a fresh head differs by family: a MobileNet's gives logits in the tens, which a
+        few steps do not unlearn.
+        """
+        for parameter in self.head.parameters():
+            parameter.zero_()
+
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
         """Pixels in 0..1 [N, 3, H, W] -> the model's input."""
         mean = torch.tensor(self.preprocessing.mean).view(3, 1, 1)
@@ -171,6 +181,8 @@ def new_student(
         preprocessing = replace(preprocessing, crop_pct=1.0, crop_mode="squash")
     student = Student(model, name, _sized(name, model_args, image_size), tuple(classes), preprocessing)
     _ = student.head  # refuses what has several heads before anything is trained
+    if weights or pretrained:
+        student.clear_head()
     return student
 
 
