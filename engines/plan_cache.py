@@ -20,6 +20,7 @@ from typing import Any
 
 from synthkit.artifacts import digest, file_sha256, write_bytes, write_json
 from synthkit.engines.build_plan import BuildPlan, release
+from synthkit.engines.session import existing_engine
 from synthkit.errors import EngineError
 
 SCHEMA = 1
@@ -85,9 +86,8 @@ def network_digest(folder: Path) -> str:
     Raises:
         EngineError: there is no ONNX file.
     """
+    existing_engine(folder / "model.onnx")
     files = sorted(path for path in folder.iterdir() if path.is_file() and not _is_other(path))
-    if not (folder / "model.onnx").is_file():
-        raise EngineError(f"no engine {folder / 'model.onnx'}; make it with `synthkit build-engines`")
     return digest({path.name: file_sha256(path) for path in files})
 
 

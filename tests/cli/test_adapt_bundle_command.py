@@ -17,6 +17,7 @@ from synthkit.cli import main
 from synthkit.engines.bundle import verify
 from tests.small_bundles import coloured_photos, facts_of, three_precisions
 from tests.tiny_students import CLASSES
+from tests.torch_free import program
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
 
@@ -153,15 +154,7 @@ def test_bad_input_leaves_the_bundle_alone(made: Path, bundle: Path, tmp_path: P
     assert "model.int8.onnx was altered" in line
 
 
-WITHOUT_TORCH = """
-import sys
-from synthkit.cli import main
-try:
-    main(sys.argv[1:])
-finally:
-    heavy = {"torch", "timm", "sklearn", "torchvision", "transformers", "scipy"} & set(sys.modules)
-    assert not heavy, heavy
-"""
+WITHOUT_TORCH = program("torch", "timm", "sklearn", "torchvision", "transformers", "scipy")
 
 
 def test_torch_is_never_imported(made: Path, bundle: Path) -> None:

@@ -19,6 +19,7 @@ from click.testing import CliRunner, Result
 from synthkit.cli import main
 from synthkit.recipes import bench_bundle
 from tests.tiny_students import tiny_bundle
+from tests.torch_free import WITHOUT_TORCH
 
 
 @pytest.fixture(scope="module")
@@ -112,17 +113,6 @@ def test_an_absent_package_is_named_with_its_extra(
     monkeypatch.setitem(sys.modules, module, None)
     line = refusal(workspace, "serve", "--port", "0")
     assert f"'{module}' is not installed" in line and "synthkit[serve]" in line
-
-
-WITHOUT_TORCH = """
-import sys
-from synthkit.cli import main
-try:
-    main(sys.argv[1:])
-finally:
-    heavy = {"torch", "timm", "sklearn", "onnx", "torchvision", "transformers"} & set(sys.modules)
-    assert not heavy, heavy
-"""
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from PIL import Image
 from synthkit.cli import main
 from synthkit.images import ImageSet
 from tests.tiny_students import CLASSES, class_folders, noise, tiny_bundle
+from tests.torch_free import WITHOUT_TORCH
 
 
 @pytest.fixture(scope="module")
@@ -113,17 +114,6 @@ def test_verify_ends_with_one_when_a_file_was_altered(workspace: Path, tmp_path:
         workspace, "evaluate", "--bundle", spoiled, "--test-dir", workspace / "few_shots"
     )
     assert call(tmp_path, "verify", "--bundle", tmp_path / "absent").exit_code == 1
-
-
-WITHOUT_TORCH = """
-import sys
-from synthkit.cli import main
-try:
-    main(sys.argv[1:])
-finally:
-    heavy = {"torch", "timm", "sklearn", "onnx", "torchvision", "transformers"} & set(sys.modules)
-    assert not heavy, heavy
-"""
 
 
 @pytest.mark.parametrize("name", ["predict", "evaluate", "verify"])
