@@ -40,14 +40,16 @@ class Workspace:
 
     Attributes:
         root: the folder given with `--workspace`.
+        shared_engines: engines of another workspace, to be used instead of its own.
     """
 
     root: Path
+    shared_engines: Path | None = None
 
     @property
     def engines(self) -> Path:
         """Of `build-engines`."""
-        return self.root / "engines"
+        return self.shared_engines or self.root / "engines"
 
     @property
     def style(self) -> Path:
@@ -137,16 +139,15 @@ def run_chain(
     """
     results = []
     if synth and student_dir is None:
-        results = list(_synthetic_stages(settings, workspace, photos))
+        results = list(synthetic_stages(settings, workspace, photos))
         student_dir = workspace.student
-    adapted = adapt(settings.adapt, settings.train, student_dir, photos, workspace.adapted, force)
-    exported = run_export(workspace.adapted, workspace.bundle, photos, force)
-    return [*results, adapted, exported]
+    return [*results, *site_stages(settings, workspace, photos, student_dir, force)]
 
 
-def _synthetic_stages(
+def synthetic_stages(
     settings: ChainSettings, workspace: Workspace, photos: ImageSet
 ) -> Iterator[StageResult]:
+    """The stages up to a student that has learned from synthetic images: engines, style, images, student."""
     from synthkit.students import check_architecture
 
     check_architecture(settings.train.student)  # before the minutes that the stages before it take
@@ -158,6 +159,14 @@ def _synthetic_stages(
     yield generate(settings.generate, workspace.engines, words, token, workspace.synthetic)
     material = Material(ImageSet.scan(workspace.synthetic), photos)
     yield train(settings.train, material, workspace.student)
+
+
+def site_stages(
+    settings: ChainSettings, workspace: Workspace, photos: ImageSet, student_dir: Path | None, force: bool
+) -> Iterator[StageResult]:
+    """The stages that fit a student to the photos and make it a bundle: `adapt`, `export`."""
+    yield adapt(settings.adapt, settings.train, student_dir, photos, workspace.adapted, force)
+    yield run_export(workspace.adapted, workspace.bundle, photos, force)
 
 
 def words_for_prompts(settings: EngineSettings, photos: ImageSet, *, download: bool = True) -> dict[str, str]:

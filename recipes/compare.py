@@ -22,24 +22,11 @@ import numpy as np
 from tqdm import tqdm
 
 from synthkit import metrics
-from synthkit.artifacts import Request, StageResult, run_stage, versions, write_json
-from synthkit.engines.bundle import Bundle
+from synthkit.artifacts import Request, run_stage, versions, write_json
 from synthkit.images import ImageSet, check_disjoint, k_shot
-from synthkit.recipes.chain import ChainSettings, Workspace, run_chain, words_for_prompts
-from synthkit.recipes.evaluate import predict_labels
-from synthkit.recipes.generate import generate
-from synthkit.recipes.train import SYNTHETIC, Material, synthetic_steps, train, untrained_student
-
-FEW_SHOT, PLAIN, SYNTHETIC_ONLY, BRIDGED, ADAPTED = "few-shot", "plain", "synthetic", "bridged++", "adapted"
-
-#: Method -> what it is, in the order of the tables.
-METHODS = {
-    FEW_SHOT: "few-shot only, same number of steps",
-    PLAIN: "synthetic only, plain prompts",
-    SYNTHETIC_ONLY: "synthetic only, learned style",
-    BRIDGED: "bridged++",
-    ADAPTED: "adapted bundle",
-}
+from synthkit.recipes.build_engines import build_engines
+from synthkit.recipes.chain import ChainSettings, Workspace
+from synthkit.recipes.methods import ADAPTED, METHODS, Draw, answers
 
 _PREDICTIONS = "predictions.json"
 
@@ -58,70 +45,27 @@ class Scores:
 
     Attributes:
         cell: the draw.
-        path: what `adapt` chose.
+        path: what `adapt` chose; None where it was not asked for.
         predicted: method -> predicted class index of every test image.
     """
 
     cell: Cell
-    path: str
+    path: str | None
     predicted: dict[str, list[int]]
 
 
-def measure(
-    settings: ChainSettings,
-    place: Workspace,
-    photos: ImageSet,
-    test: ImageSet,
-    methods: Sequence[str],
-    force: bool = False,
-) -> tuple[list[StageResult], dict[str, np.ndarray]]:
-    """Run the chain and the methods it is compared with on one draw of photos.
+def measure(draw: Draw, test: ImageSet, methods: Sequence[str]) -> dict[str, np.ndarray]:
+    """Run methods on one draw of photos.
 
     Args:
-        settings: of the chain.
-        place: the draw's workspace.
-        photos: real few shots.
+        draw: the photos.
         test: real test images, looked at only here and only to measure.
         methods: which of `METHODS`.
-        force: adapt and export again even when nothing changed.
 
     Returns:
-        The chain's stages, and method -> predicted class index of every test image.
+        Method -> predicted class index of every test image, in the order of the tables.
     """
-    stages = run_chain(settings, place, photos, force=force)
-    answer: dict[str, Callable[[], np.ndarray]] = {
-        FEW_SHOT: lambda: _answers(few_shot_only(settings, place, photos), test),
-        PLAIN: lambda: _answers(plain_prompts(settings, place, photos) / SYNTHETIC, test),
-        SYNTHETIC_ONLY: lambda: _answers(place.student / SYNTHETIC, test),
-        BRIDGED: lambda: _answers(place.student, test),
-        ADAPTED: lambda: predict_labels(Bundle.open(place.bundle), test),
-    }
-    return stages, {method: answer[method]() for method in METHODS if method in methods}
-
-
-def few_shot_only(settings: ChainSettings, place: Workspace, photos: ImageSet) -> Path:
-    """The student that sees the photos alone, for as many gradient steps as both stages of the bridge."""
-    material = Material(ImageSet.scan(place.synthetic), photos)
-    steps = synthetic_steps(settings.train, material) + settings.train.real_steps
-    size = untrained_student(settings.train, material).preprocessing.input_size[1]
-    alone = replace(settings.train, real_steps=steps, image_size=size)
-    return train(alone, Material(None, photos), place.root / "few_shot_only").out
-
-
-def plain_prompts(settings: ChainSettings, place: Workspace, photos: ImageSet) -> Path:
-    """The student that sees as many synthetic images as the chain's, drawn without the learned style."""
-    words = words_for_prompts(settings.engines, photos)
-    folder = place.root / "plain_prompts"
-    drawn = generate(settings.generate, place.engines, words, None, folder / "synthetic")
-    return train(settings.train, Material(ImageSet.scan(drawn.out), None), folder / "student").out
-
-
-def _answers(student_dir: Path, images: ImageSet) -> np.ndarray:
-    from synthkit.students import load_student
-
-    student = load_student(student_dir)
-    pixels = images.with_classes(student.classes).load(student.preprocessing)
-    return np.asarray(student.logits(pixels).argmax(1).numpy())
+    return {name: answers(METHODS[name].make(draw), test) for name in METHODS if name in methods}
 
 
 def seeded(settings: ChainSettings, seed: int) -> ChainSettings:
@@ -133,6 +77,12 @@ def seeded(settings: ChainSettings, seed: int) -> ChainSettings:
         train=replace(settings.train, seed=seed),
         adapt=replace(settings.adapt, seed=seed),
     )
+
+
+def cell_draw(settings: ChainSettings, root: Path, photos: ImageSet, cell: Cell) -> Draw:
+    """A cell's photos with its seed in every stage, and its workspace below `root`."""
+    place = Workspace(root / f"{cell.shots}-shot-{cell.seed}", shared_engines=Workspace(root).engines)
+    return Draw(seeded(settings, cell.seed), place, photos)
 
 
 def run_cell(
@@ -154,17 +104,16 @@ def run_cell(
         cell: which draw.
     """
     photos = pool.subset(k_shot(pool, cell.shots, cell.seed))
-    place = Workspace(root / f"{cell.shots}-shot-{cell.seed}")
-    own = seeded(settings, cell.seed)
+    draw = cell_draw(settings, root, photos, cell)
     inputs = {"photos": photos.digest, "test": test.digest}
-    request = Request("compare", place.root / "scores", inputs, {**asdict(own), "methods": list(methods)})
+    config = {**asdict(draw.settings), "methods": list(methods)}
 
     def produce(work: Path) -> dict[str, Any]:
-        stages, predicted = measure(own, place, photos, test, methods)
+        predicted = measure(draw, test, methods)
         write_json(work / _PREDICTIONS, {method: one.tolist() for method, one in predicted.items()})
-        return {"path": stages[-2].manifest.metrics["path"]}
+        return {"path": draw.path if ADAPTED in methods else None}
 
-    done = run_stage(request, produce)
+    done = run_stage(Request("compare", draw.place.root / "scores", inputs, config), produce)
     predicted = json.loads((done.out / _PREDICTIONS).read_text(encoding="utf-8"))
     return Scores(cell, done.manifest.metrics["path"], predicted)
 
@@ -200,6 +149,7 @@ def compare(
     for cell in cells:
         k_shot(pool, cell.shots, cell.seed)  # refuses what cannot be drawn before any work
     test = test.with_classes(pool.classes)
+    build_engines(settings.engines, Workspace(root).engines)  # once, for all cells
     measure_cell = functools.partial(run_cell, settings, root, pool, test, methods)
     scores = list(_measured(measure_cell, cells, jobs))
     scores.sort(key=lambda one: (one.cell.shots, one.cell.seed))
@@ -332,7 +282,7 @@ def plot(table: Sequence[dict[str, Any]], path: Path) -> None:
         shots, means, deviations = (
             [row[key] for row in of_method] for key in ("shots", "top1_mean", "top1_std")
         )
-        axes.errorbar(shots, means, deviations, label=METHODS[method], marker="o", capsize=3)
+        axes.errorbar(shots, means, deviations, label=METHODS[method].title, marker="o", capsize=3)
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted({row["shots"] for row in table}))
     axes.xaxis.set_major_formatter("{x:g}")

@@ -19,8 +19,9 @@ from synthkit.artifacts import StageResult
 from synthkit.images import ImageSet, contact_sheet
 from synthkit.metrics import top1
 from synthkit.recipes.chain import ChainSettings, Workspace, words_for_prompts
-from synthkit.recipes.compare import ADAPTED, BRIDGED, FEW_SHOT, METHODS, SYNTHETIC_ONLY, measure
+from synthkit.recipes.compare import measure
 from synthkit.recipes.generate import generate
+from synthkit.recipes.methods import ADAPTED, BRIDGED, FEW_SHOT, METHODS, SYNTHETIC_ONLY, Draw
 
 SHEET = "contact_sheet.png"
 _PER_ROW = 16
@@ -66,10 +67,10 @@ def run_demo(
         test: real test images, looked at only here and only to measure.
         force: adapt and export again even when nothing changed.
     """
-    stages, predicted = measure(settings, place, photos, test, _COMPARED, force)
-    rows = [DemoRow(METHODS[method], top1(one, test.labels)) for method, one in predicted.items()]
-    path = stages[-2].manifest.metrics["path"]
-    return DemoResult(stages, rows, path, len(test), draw_sheet(settings, place, photos))
+    draw = Draw(settings, place, photos, force)
+    predicted = measure(draw, test, _COMPARED)
+    rows = [DemoRow(METHODS[method].title, top1(one, test.labels)) for method, one in predicted.items()]
+    return DemoResult(draw.stages, rows, draw.path, len(test), draw_sheet(settings, place, photos))
 
 
 def draw_sheet(settings: ChainSettings, place: Workspace, photos: ImageSet) -> Path:

@@ -18,15 +18,17 @@ from PIL import Image
 from synthkit.cli import main
 from synthkit.images import ImageSet
 from synthkit.recipes.chain import Workspace
-from synthkit.recipes.compare import ADAPTED, BRIDGED, FEW_SHOT, METHODS, Cell, Scores, markdown, paired, rows
+from synthkit.recipes.compare import Cell, Scores, markdown, paired, rows
 from synthkit.recipes.digits import write_digits
+from synthkit.recipes.methods import ADAPTED, BRIDGED, FEW_SHOT, PLAIN, SYNTHETIC_ONLY
 from tests.tiny_students import colour_folders
 
 COLOURS = ("blue", "green", "red")
+COMPARED = (FEW_SHOT, PLAIN, SYNTHETIC_ONLY, BRIDGED, ADAPTED)  # in the order of the table
 QUICK = (
     "--per-class 2 --style-steps 2 --init-word the --generate-steps 1 --epochs 1 --adapt-steps 2 "
     "--real-steps 2 --train-batch-size 6 --style-batch-size 4 --student test_resnet "
-    "--shots 1,2 --seeds 1 --seed 3 --methods few-shot,plain,synthetic,bridged++,adapted"
+    "--shots 1,2 --seeds 1 --seed 3 --methods adapted,bridged++,few-shot,plain,synthetic"
 ).split()
 
 
@@ -53,7 +55,7 @@ def compared(folders: Path, tiny_model: Path) -> tuple[Path, dict[str, Any]]:
 def test_every_method_answers_for_every_draw(compared: tuple[Path, dict[str, Any]]) -> None:
     workspace, answer = compared
     assert [(row["shots"], row["method"]) for row in answer["rows"]] == [
-        (shots, method) for shots in (1, 2) for method in METHODS
+        (shots, method) for shots in (1, 2) for method in COMPARED
     ]
     assert all(row["seeds"] == 1 and row["top1_std"] == 0 for row in answer["rows"])
     assert [(cell["shots"], cell["seed"]) for cell in answer["cells"]] == [(1, 3), (2, 3)]
@@ -84,6 +86,7 @@ def test_what_was_measured_is_not_measured_again(
     compared: tuple[Path, dict[str, Any]], folders: Path, tiny_model: Path
 ) -> None:
     workspace, answer = compared
+    assert [path.parent for path in workspace.rglob("model_index.json")] == [workspace / "engines"]
     before = {path: path.stat().st_mtime_ns for path in workspace.rglob("*.onnx")}
     arguments = ["--real-dir", folders / "pool", "--test-dir", folders / "test", "--model", tiny_model]
     result = call(workspace, *arguments, *QUICK, "--jobs", "2")
@@ -98,9 +101,9 @@ def test_rows_are_means_and_sample_deviations_over_the_seeds() -> None:
     labels = np.array([0, 1, 0, 1])
     right, half = [0, 1, 0, 1], [0, 0, 0, 0]
     scores = [
-        Scores(Cell(2, 0), "last-1", dict.fromkeys(METHODS, right)),
-        Scores(Cell(2, 1), "last-1", dict.fromkeys(METHODS, half)),
-        Scores(Cell(1, 0), "last-1", dict.fromkeys(METHODS, half)),
+        Scores(Cell(2, 0), "last-1", dict.fromkeys(COMPARED, right)),
+        Scores(Cell(2, 1), "last-1", dict.fromkeys(COMPARED, half)),
+        Scores(Cell(1, 0), "last-1", dict.fromkeys(COMPARED, half)),
     ]
     table = rows(scores, labels)
     assert table[0] == {
@@ -123,7 +126,7 @@ def test_a_method_is_paired_with_the_photos_alone_by_draw() -> None:
         return [*range(right), *[-1] * (10 - right)]
 
     scores = [
-        Scores(Cell(2, seed), "full", {**dict.fromkeys(METHODS, answers(4 + seed)), ADAPTED: answers(ahead)})
+        Scores(Cell(2, seed), "full", {**dict.fromkeys(COMPARED, answers(4 + seed)), ADAPTED: answers(ahead)})
         for seed, ahead in ((1, 7), (0, 5), (2, 9))
     ]
     table = {row["method"]: row for row in paired(scores, labels)}

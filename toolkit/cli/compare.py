@@ -21,7 +21,7 @@ def _numbers(_context: click.Context, _option: click.Parameter, text: str) -> li
 
 
 def _method_names(_context: click.Context, _option: click.Parameter, text: str) -> list[str]:
-    from synthkit.recipes.compare import METHODS
+    from synthkit.recipes.methods import METHODS
 
     names = [name.strip() for name in text.split(",")]
     unknown = [name for name in names if name not in METHODS]
@@ -40,7 +40,7 @@ def _method_names(_context: click.Context, _option: click.Parameter, text: str) 
     callback=_method_names,
     default="few-shot,synthetic,bridged++,adapted",
     show_default=True,
-    help="What to compare; also: plain (prompts without the learned style).",
+    help="What to compare; also synthetic images of other prompts: plain, control, clustered, half-plain.",
 )
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Cells at a time.")
 @click.option(

@@ -1,0 +1,175 @@
+"""What `compare` compares: how each method makes a classifier of one draw of photos.
+
+    photos ──chain──► synthetic/ ──► student/synthetic/ ──► student/ ──► adapted/ ──► bundle/
+       │              "synthetic"                          "bridged++"              "adapted"
+       ├──photos alone, as many gradient steps──► few_shot_only/
+       └──other prompts──► <variant>/{style,synthetic,student}/
+
+Every folder is a stage's, so what was made before is found again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from synthkit.artifacts import StageResult
+from synthkit.engines.bundle import FACTS, Bundle
+from synthkit.images import ImageSet
+from synthkit.recipes.build_engines import base_model
+from synthkit.recipes.chain import (
+    ChainSettings,
+    Workspace,
+    site_stages,
+    synthetic_stages,
+    words_for_prompts,
+)
+from synthkit.recipes.evaluate import predict_labels
+from synthkit.recipes.generate import generate
+from synthkit.recipes.learn_style import TOKEN_FILE, learn_style
+from synthkit.recipes.train import SYNTHETIC, Material, synthetic_steps, train, untrained_student
+
+FEW_SHOT, SYNTHETIC_ONLY, BRIDGED, ADAPTED = "few-shot", "synthetic", "bridged++", "adapted"
+PLAIN, CONTROL, CLUSTERED, HALF_PLAIN = "plain", "control", "clustered", "half-plain"
+
+_CLUSTERS = 3
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One draw of photos and the workspace where the methods meet it.
+
+    Attributes:
+        settings: of the chain.
+        place: the workspace.
+        photos: real few shots.
+        force: adapt and export again even when nothing changed.
+    """
+
+    settings: ChainSettings
+    place: Workspace
+    photos: ImageSet
+    force: bool = field(default=False)
+
+    @cached_property
+    def synthetic_stages(self) -> list[StageResult]:
+        """Engines, style, synthetic set and student."""
+        return list(synthetic_stages(self.settings, self.place, self.photos))
+
+    @cached_property
+    def stages(self) -> list[StageResult]:
+        """The whole chain, in order."""
+        before = self.synthetic_stages
+        student = before[-1].out
+        return [*before, *site_stages(self.settings, self.place, self.photos, student, self.force)]
+
+    @property
+    def path(self) -> str:
+        """What `adapt` chose."""
+        return str(self.stages[-2].manifest.metrics["path"])
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Synthetic images of other prompts than the chain's.
+
+    Attributes:
+        folder: below the workspace.
+        style: settings of `learn-style` to change; None: no style token.
+        generate: settings of `generate` to change.
+    """
+
+    folder: str
+    style: Mapping[str, Any] | None
+    generate: Mapping[str, Any] = field(default_factory=dict)
+
+
+VARIANTS = {
+    PLAIN: Variant("plain_prompts", None),
+    CONTROL: Variant("control_token", {"control": True}),
+    CLUSTERED: Variant("clustered", {"clusters": _CLUSTERS}),
+    HALF_PLAIN: Variant("half_plain", {}, {"plain_share": 0.5}),
+}
+
+
+def few_shot_only(draw: Draw) -> Path:
+    """The student that sees the photos alone, for as many gradient steps as both stages of the bridge."""
+    settings = draw.settings.train
+    material = Material(ImageSet.scan(draw.synthetic_stages[2].out), draw.photos)
+    steps = synthetic_steps(settings, material) + settings.real_steps
+    size = untrained_student(settings, material).preprocessing.input_size[1]
+    alone = replace(settings, real_steps=steps, image_size=size)
+    return train(alone, Material(None, draw.photos), draw.place.root / "few_shot_only").out
+
+
+def synthetic_set(draw: Draw, method: str) -> Path:
+    """The synthetic images that a method of synthetic images alone learns from.
+
+    Args:
+        draw: the photos.
+        method: `SYNTHETIC_ONLY` or a key of `VARIANTS`.
+    """
+    if method == SYNTHETIC_ONLY:
+        return draw.synthetic_stages[2].out
+    variant, engines = VARIANTS[method], draw.synthetic_stages[0].out
+    folder, words = draw.place.root / variant.folder, words_for_prompts(draw.settings.engines, draw.photos)
+    token = None
+    if variant.style is not None:
+        style = replace(draw.settings.style, **variant.style)
+        token = learn_style(style, base_model(engines), draw.photos, words, folder / "style").out / TOKEN_FILE
+    settings = replace(draw.settings.generate, **variant.generate)
+    return generate(settings, engines, words, token, folder / "synthetic").out
+
+
+def synthetic_only(draw: Draw, method: str) -> Path:
+    """The student of a method's synthetic images alone."""
+    if method == SYNTHETIC_ONLY:
+        return draw.synthetic_stages[3].out / SYNTHETIC
+    material = Material(ImageSet.scan(synthetic_set(draw, method)), None)
+    return train(draw.settings.train, material, draw.place.root / VARIANTS[method].folder / "student").out
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table.
+
+    Attributes:
+        title: what it is.
+        make: makes the student's or the bundle's folder.
+    """
+
+    title: str
+    make: Callable[[Draw], Path]
+
+
+def _alone(method: str, title: str) -> Method:
+    return Method(f"synthetic only, {title}", lambda draw: synthetic_only(draw, method))
+
+
+#: Name -> method, in the order of the tables.
+METHODS = {
+    FEW_SHOT: Method("few-shot only, same number of steps", few_shot_only),
+    PLAIN: _alone(PLAIN, "plain prompts"),
+    CONTROL: _alone(CONTROL, "untrained token"),
+    SYNTHETIC_ONLY: _alone(SYNTHETIC_ONLY, "learned style"),
+    CLUSTERED: _alone(CLUSTERED, f"{_CLUSTERS} learned styles"),
+    HALF_PLAIN: _alone(HALF_PLAIN, "half learned style, half plain prompts"),
+    BRIDGED: Method("bridged++", lambda draw: draw.synthetic_stages[3].out),
+    ADAPTED: Method("adapted bundle", lambda draw: draw.stages[-1].out),
+}
+
+
+def answers(folder: Path, images: ImageSet) -> np.ndarray:
+    """What a student or a bundle says of images: class indices [N] in the order of the images' classes."""
+    if (folder / FACTS).is_file():
+        return predict_labels(Bundle.open(folder), images)
+    from synthkit.students import load_student
+
+    student = load_student(folder)
+    pixels = images.with_classes(student.classes).load(student.preprocessing)
+    return np.asarray(student.logits(pixels).argmax(1).numpy())
