@@ -115,7 +115,7 @@ def remembered_model(
     return override(made, asked_for | {name: value for name, value in flags.items() if value is not None})
 
 
-def run_chain(
+def chain_stages(
     settings: ChainSettings,
     workspace: Workspace,
     photos: ImageSet,
@@ -123,8 +123,8 @@ def run_chain(
     synth: bool = True,
     student_dir: Path | None = None,
     force: bool = False,
-) -> list[StageResult]:
-    """Make everything from engines to bundle that is not made yet.
+) -> Iterator[StageResult]:
+    """Make everything from engines to bundle that is not made yet, each stage when it is asked for.
 
     Args:
         settings: of all stages.
@@ -133,21 +133,17 @@ def run_chain(
         synth: whether synthetic images are made and used.
         student_dir: an already trained student, which replaces all stages before `adapt`.
         force: adapt and export again even when nothing changed.
-
-    Returns:
-        The stages in order.
     """
-    results = []
     if synth and student_dir is None:
-        results = list(synthetic_stages(settings, workspace, photos))
+        yield from _synthetic_stages(settings, workspace, photos)
         student_dir = workspace.student
-    return [*results, *site_stages(settings, workspace, photos, student_dir, force)]
+    yield adapt(settings.adapt, settings.train, student_dir, photos, workspace.adapted, force)
+    yield run_export(workspace.adapted, workspace.bundle, photos, force)
 
 
-def synthetic_stages(
+def _synthetic_stages(
     settings: ChainSettings, workspace: Workspace, photos: ImageSet
 ) -> Iterator[StageResult]:
-    """The stages up to a student that has learned from synthetic images: engines, style, images, student."""
     from synthkit.students import check_architecture
 
     check_architecture(settings.train.student)  # before the minutes that the stages before it take
@@ -159,14 +155,6 @@ def synthetic_stages(
     yield generate(settings.generate, workspace.engines, words, token, workspace.synthetic)
     material = Material(ImageSet.scan(workspace.synthetic), photos)
     yield train(settings.train, material, workspace.student)
-
-
-def site_stages(
-    settings: ChainSettings, workspace: Workspace, photos: ImageSet, student_dir: Path | None, force: bool
-) -> Iterator[StageResult]:
-    """The stages that fit a student to the photos and make it a bundle: `adapt`, `export`."""
-    yield adapt(settings.adapt, settings.train, student_dir, photos, workspace.adapted, force)
-    yield run_export(workspace.adapted, workspace.bundle, photos, force)
 
 
 def words_for_prompts(settings: EngineSettings, photos: ImageSet, *, download: bool = True) -> dict[str, str]:

@@ -70,7 +70,7 @@ def run_demo(
     draw = Draw(settings, place, photos, force)
     predicted = measure(draw, test, _COMPARED)
     rows = [DemoRow(METHODS[method].title, top1(one, test.labels)) for method, one in predicted.items()]
-    return DemoResult(draw.stages, rows, draw.path, len(test), draw_sheet(settings, place, photos))
+    return DemoResult(draw.stages(), rows, draw.path, len(test), draw_sheet(settings, place, photos))
 
 
 def draw_sheet(settings: ChainSettings, place: Workspace, photos: ImageSet) -> Path:

@@ -10,7 +10,7 @@ Every folder is a stage's, so what was made before is found again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,13 +22,7 @@ from synthkit.artifacts import StageResult
 from synthkit.engines.bundle import FACTS, Bundle
 from synthkit.images import ImageSet
 from synthkit.recipes.build_engines import base_model
-from synthkit.recipes.chain import (
-    ChainSettings,
-    Workspace,
-    site_stages,
-    synthetic_stages,
-    words_for_prompts,
-)
+from synthkit.recipes.chain import ChainSettings, Workspace, chain_stages, words_for_prompts
 from synthkit.recipes.evaluate import predict_labels
 from synthkit.recipes.generate import generate
 from synthkit.recipes.learn_style import TOKEN_FILE, learn_style
@@ -57,21 +51,34 @@ class Draw:
     force: bool = field(default=False)
 
     @cached_property
-    def synthetic_stages(self) -> list[StageResult]:
-        """Engines, style, synthetic set and student."""
-        return list(synthetic_stages(self.settings, self.place, self.photos))
+    def _running(self) -> Iterator[StageResult]:
+        return chain_stages(self.settings, self.place, self.photos, force=self.force)
 
     @cached_property
+    def _made(self) -> dict[str, StageResult]:
+        return {}
+
+    def stage(self, name: str) -> StageResult:
+        """A stage of the chain, made with those before it when it is first asked for."""
+        while name not in self._made:
+            done = next(self._running)
+            self._made[done.manifest.stage] = done
+        return self._made[name]
+
     def stages(self) -> list[StageResult]:
         """The whole chain, in order."""
-        before = self.synthetic_stages
-        student = before[-1].out
-        return [*before, *site_stages(self.settings, self.place, self.photos, student, self.force)]
+        self.stage("export")
+        return list(self._made.values())
 
     @property
     def path(self) -> str:
         """What `adapt` chose."""
-        return str(self.stages[-2].manifest.metrics["path"])
+        return str(self.stage("adapt").manifest.metrics["path"])
+
+    @property
+    def words(self) -> dict[str, str]:
+        """Class name -> words for prompts."""
+        return words_for_prompts(self.settings.engines, self.photos)
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,7 @@ VARIANTS = {
 def few_shot_only(draw: Draw) -> Path:
     """The student that sees the photos alone, for as many gradient steps as both stages of the bridge."""
     settings = draw.settings.train
-    material = Material(ImageSet.scan(draw.synthetic_stages[2].out), draw.photos)
+    material = Material(ImageSet.scan(draw.stage("generate").out), draw.photos)
     steps = synthetic_steps(settings, material) + settings.real_steps
     size = untrained_student(settings, material).preprocessing.input_size[1]
     alone = replace(settings, real_steps=steps, image_size=size)
@@ -115,21 +122,21 @@ def synthetic_set(draw: Draw, method: str) -> Path:
         method: `SYNTHETIC_ONLY` or a key of `VARIANTS`.
     """
     if method == SYNTHETIC_ONLY:
-        return draw.synthetic_stages[2].out
-    variant, engines = VARIANTS[method], draw.synthetic_stages[0].out
-    folder, words = draw.place.root / variant.folder, words_for_prompts(draw.settings.engines, draw.photos)
-    token = None
+        return draw.stage("generate").out
+    variant, engines = VARIANTS[method], draw.stage("build-engines").out
+    folder, token = draw.place.root / variant.folder, None
     if variant.style is not None:
         style = replace(draw.settings.style, **variant.style)
-        token = learn_style(style, base_model(engines), draw.photos, words, folder / "style").out / TOKEN_FILE
+        learned = learn_style(style, base_model(engines), draw.photos, draw.words, folder / "style")
+        token = learned.out / TOKEN_FILE
     settings = replace(draw.settings.generate, **variant.generate)
-    return generate(settings, engines, words, token, folder / "synthetic").out
+    return generate(settings, engines, draw.words, token, folder / "synthetic").out
 
 
 def synthetic_only(draw: Draw, method: str) -> Path:
     """The student of a method's synthetic images alone."""
     if method == SYNTHETIC_ONLY:
-        return draw.synthetic_stages[3].out / SYNTHETIC
+        return draw.stage("train").out / SYNTHETIC
     material = Material(ImageSet.scan(synthetic_set(draw, method)), None)
     return train(draw.settings.train, material, draw.place.root / VARIANTS[method].folder / "student").out
 
@@ -159,8 +166,8 @@ METHODS = {
     SYNTHETIC_ONLY: _alone(SYNTHETIC_ONLY, "learned style"),
     CLUSTERED: _alone(CLUSTERED, f"{_CLUSTERS} learned styles"),
     HALF_PLAIN: _alone(HALF_PLAIN, "half learned style, half plain prompts"),
-    BRIDGED: Method("bridged++", lambda draw: draw.synthetic_stages[3].out),
-    ADAPTED: Method("adapted bundle", lambda draw: draw.stages[-1].out),
+    BRIDGED: Method("bridged++", lambda draw: draw.stage("train").out),
+    ADAPTED: Method("adapted bundle", lambda draw: draw.stage("export").out),
 }
 
 

@@ -178,7 +178,7 @@ def _run_chain(
 ) -> options.Output:
     from synthkit.artifacts import workspace_lock
     from synthkit.images import ImageSet, check_disjoint
-    from synthkit.recipes.chain import Workspace, plan_chain, run_chain
+    from synthkit.recipes.chain import Workspace, chain_stages, plan_chain
 
     photos = ImageSet.scan(real_dir, skip_bad)
     if test_dir:

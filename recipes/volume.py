@@ -1,0 +1,148 @@
+"""How many synthetic images per class are worth drawing: top-1 of a student over the size of its set.
+
+    photos ──chain──► style ──largest set once──► its first n of each class ──same steps──► student ──► top-1
+
+python -m synthkit.recipes.volume ./w --real-dir ./pool --test-dir ./test --shots 4
+
+Image i of a class does not depend on how many are drawn, so that the smaller sets lie within the larger
+ones. Every student gets as many gradient steps, up to a part of an epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from synthkit import metrics
+from synthkit.artifacts import versions, write_json
+from synthkit.images import ImageSet, check_disjoint, k_shot
+from synthkit.recipes.chain import ChainSettings
+from synthkit.recipes.compare import Cell, cell_draw
+from synthkit.recipes.generate import generate
+from synthkit.recipes.learn_style import TOKEN_FILE
+from synthkit.recipes.methods import Draw, answers
+from synthkit.recipes.settings import (
+    AdaptSettings,
+    EngineSettings,
+    GenerateSettings,
+    StyleSettings,
+    TrainSettings,
+)
+from synthkit.recipes.train import Material, synthetic_steps, train
+
+_LARGEST_EPOCHS = 3  # over the largest set; smaller ones are seen more often
+
+
+def first_of_each(images: ImageSet, count: int) -> ImageSet:
+    """The first images of every class, in the order of their names."""
+    rank = np.concatenate([np.arange(size) for size in np.bincount(images.labels)])
+    return images.subset(np.flatnonzero(rank < count))
+
+
+def top1_over_volume(draw: Draw, test: ImageSet, volumes: Sequence[int]) -> dict[int, float]:
+    """Images per class -> top-1 on the test images of the student that saw so many.
+
+    Args:
+        draw: the photos, whose style the images have.
+        test: real test images of the same classes.
+        volumes: images per class.
+    """
+    largest = replace(draw.settings.generate, per_class=max(volumes))
+    folder, token = draw.place.root / "volume", draw.stage("learn-style").out / TOKEN_FILE
+    drawn = generate(largest, draw.place.engines, draw.words, token, folder / "synthetic")
+    everything = ImageSet.scan(drawn.out)
+    steps = synthetic_steps(replace(draw.settings.train, epochs=_LARGEST_EPOCHS), Material(everything, None))
+    found = {}
+    for volume in volumes:
+        material = Material(first_of_each(everything, volume), None)
+        epoch = synthetic_steps(replace(draw.settings.train, epochs=1), material)
+        settings = replace(draw.settings.train, epochs=round(steps / epoch))
+        student = train(settings, material, folder / f"student-{volume}").out
+        found[volume] = metrics.top1(answers(student, test), test.labels)
+    return found
+
+
+def rows(draws: Sequence[dict[int, float]]) -> list[dict[str, Any]]:
+    """A row per volume: per_class, top1_mean, top1_std (of a sample; 0 for one draw), seeds."""
+    return [
+        {
+            "per_class": volume,
+            "top1_mean": round(float(np.mean(of_draws)), 4),
+            "top1_std": round(float(np.std(of_draws, ddof=1)), 4) if len(of_draws) > 1 else 0.0,
+            "seeds": len(of_draws),
+        }
+        for volume in draws[0]
+        for of_draws in [[one[volume] for one in draws]]
+    ]
+
+
+def markdown(table: Sequence[dict[str, Any]]) -> str:
+    """The table as Markdown."""
+    lines = ["| images per class | top-1 |", "|---:|---:|"]
+    lines += [f"| {row['per_class']} | {row['top1_mean']:.3f} ± {row['top1_std']:.3f} |" for row in table]
+    return "\n".join(lines)
+
+
+def plot(table: Sequence[dict[str, Any]], path: Path) -> None:
+    """Top-1 over images per class, with the standard deviation over the draws as error bars."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    volumes, means, deviations = (
+        [row[key] for row in table] for key in ("per_class", "top1_mean", "top1_std")
+    )
+    axes.errorbar(volumes, means, deviations, marker="o", capsize=3)
+    axes.set_xscale("log")
+    axes.set_xticks(volumes, [str(volume) for volume in volumes], minor=False)
+    axes.minorticks_off()
+    axes.set(xlabel="synthetic images per class", ylabel="top-1 on real test images")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=100)
+
+
+@click.command(help=__doc__)
+@click.argument("workspace", type=click.Path(path_type=Path))
+@click.option("--real-dir", type=click.Path(path_type=Path), required=True, help="Photos to draw from.")
+@click.option("--test-dir", type=click.Path(path_type=Path), required=True, help="Real test images.")
+@click.option("--shots", type=click.IntRange(1), default=4, show_default=True, help="Photos per class.")
+@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Draws of photos.")
+@click.option(
+    "--volume",
+    "volumes",
+    type=click.IntRange(1),
+    multiple=True,
+    default=(50, 100, 250, 500, 1000),
+    show_default=True,
+    help="Synthetic images per class; once for each volume.",
+)
+def main(
+    workspace: Path, real_dir: Path, test_dir: Path, shots: int, seeds: int, volumes: tuple[int, ...]
+) -> None:
+    """Measure, print the table, write volume.json and volume.png into the workspace."""
+    settings = ChainSettings(
+        EngineSettings(), StyleSettings(), GenerateSettings(), TrainSettings(), AdaptSettings()
+    )
+    pool = ImageSet.scan(real_dir)
+    test = ImageSet.scan(test_dir).with_classes(pool.classes)
+    check_disjoint(pool, test, (str(real_dir), str(test_dir)))
+    draws: list[dict[int, float]] = []
+    for seed in range(seeds):
+        photos = pool.subset(k_shot(pool, shots, seed))
+        draw = cell_draw(settings, workspace, photos, Cell(shots, seed))
+        draws.append(top1_over_volume(draw, test, volumes))
+        table = rows(draws)
+        result = {"rows": table, "draws": draws, "shots": shots, "n_test": len(test)}
+        described = {**result, "settings": asdict(settings), "versions": versions()}
+        write_json(workspace / "volume.json", described)  # after every draw: the next one takes minutes
+        plot(table, workspace / "volume.png")
+    click.echo(markdown(rows(draws)))
+
+
+if __name__ == "__main__":
+    main()
