@@ -39,9 +39,10 @@ _LARGEST_EPOCHS = 3  # over the largest set; smaller ones are seen more often
 
 
 def first_of_each(images: ImageSet, count: int) -> ImageSet:
-    """The first images of every class, in the order of their names."""
-    rank = np.concatenate([np.arange(size) for size in np.bincount(images.labels)])
-    return images.subset(np.flatnonzero(rank < count))
+    """The images that `generate` draws first of every class, in the order of their names."""
+    names = np.array([item.path.name for item in images.items])
+    members = [np.flatnonzero(images.labels == label) for label in range(len(images.classes))]
+    return images.subset(np.concatenate([one[np.argsort(names[one])[:count]] for one in members]))
 
 
 def top1_over_volume(draw: Draw, test: ImageSet, volumes: Sequence[int]) -> dict[int, float]:
