@@ -1,25 +1,39 @@
-"""`learn-style`: a style token from the real photos, by dataset style inversion.
+"""`learn-style`: style tokens from the real photos, by dataset style inversion.
 
-few_shots/ + base model ──latents, once──► fit one embedding ──► style/learned_embeds.safetensors
+few_shots/ + base model ──latents, once──► groups of one look ──► fit an embedding each
+                                                                  ──► style/learned_embeds.safetensors
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from synthkit.artifacts import Request, StageResult, run_stage, write_json
+from synthkit.contact_sheet import contact_sheet
+from synthkit.errors import ConfigError
 from synthkit.images import ImageSet, Preprocessing
-from synthkit.models import model_fingerprint, resolve_model
+from synthkit.models import model_fingerprint, resolve_model, weights_fingerprint
 from synthkit.recipes.settings import StyleSettings
+from synthkit.style import StyleToken, save_all
+
+if TYPE_CHECKING:
+    import torch
+
+    from synthkit.calibration.inversion import Inversion, Preview
+    from synthkit.diffusion import DiffusionParts
 
 TOKEN_FILE = "learned_embeds.safetensors"
 LOSSES = "losses.json"
-_CHECKPOINT = ".inversion.safetensors"
+CLUSTERS = "clusters.json"
+PREVIEWS = "previews"
+_OURS = ("lr", "schedule", "batch_size", "init_word", "steps")  # of these the paper gives the steps alone
+_PREVIEWED, _PREVIEW_STEPS, _PREVIEW_GUIDANCE = 10, 15, 2.0
+_SHOWN = 24  # photos of a cluster on the sheet
 
 
 def learn_style_request(
@@ -35,7 +49,8 @@ def learn_style_request(
         out: the folder to write.
     """
     config = asdict(settings)
-    del config["checkpoint_every"]  # changes nothing in the result
+    if not settings.early_stop:
+        del config["checkpoint_every"]  # changes nothing in the result
     return Request(
         stage="learn-style",
         out=out,
@@ -54,26 +69,174 @@ def learn_style(
 ) -> StageResult:
     """Make the style folder, or find it made; an interrupted fit goes on from its last checkpoint.
 
+    Args:
+        settings: the stage's settings.
+        model: what `resolve_model` takes.
+        photos: the real photos.
+        words: class name -> words for prompts.
+        out: the folder to write.
+        force: learn again even when nothing changed.
+
     Raises:
+        ConfigError: there are fewer photos than clusters, none can be held out, or there is no such device.
         ModelError: the model does not load, or the token or its init word does not suit it.
     """
+    request = learn_style_request(settings, model, photos, words, out)
+    return run_stage(request, lambda work: _produce(settings, model, photos, words, work), force=force)
 
-    def produce(work: Path) -> dict[str, Any]:
-        from synthkit.calibration.inversion import InversionSettings, invert_style
-        from synthkit.diffusion import image_size, load_parts
 
-        parts = load_parts(resolve_model(model))
-        pixels = photos.load(whole_picture(image_size(parts)))
-        names = [words[photos.classes[label]] for label in photos.labels]
-        checkpoint = work / _CHECKPOINT
-        token, losses = invert_style(parts, pixels, names, InversionSettings(**asdict(settings)), checkpoint)
-        token.save(work / TOKEN_FILE, base_model=model)
-        write_json(work / LOSSES, losses)
-        checkpoint.unlink(missing_ok=True)
-        tenth = max(1, len(losses) // 10)
-        return {"loss_first": float(np.mean(losses[:tenth])), "loss_last": float(np.mean(losses[-tenth:]))}
+def _produce(
+    settings: StyleSettings, model: str, photos: ImageSet, words: Mapping[str, str], work: Path
+) -> dict[str, Any]:
+    from synthkit.calibration.looks import group_by_look
+    from synthkit.diffusion import encode_images, image_size, load_parts
 
-    return run_stage(learn_style_request(settings, model, photos, words, out), produce, force=force)
+    parts = load_parts(resolve_model(model), _device(settings.device))
+    pixels = photos.load(whole_picture(image_size(parts)))
+    latents = encode_images(parts.vae, pixels)
+    groups = group_by_look(latents.cpu().numpy(), photos.labels, settings.clusters, settings.seed)
+    names = [words[photos.classes[label]] for label in photos.labels]
+    clusters = [
+        _Cluster(number, cluster_token(settings.token, number), np.flatnonzero(groups == number))
+        for number in range(settings.clusters)
+    ]
+    fits = [
+        _fit(settings, one, parts, latents[one.members], [names[i] for i in one.members], work)
+        for one in clusters
+    ]
+    shares = [len(one.members) / len(photos) for one in clusters]
+    _write_tokens(settings, [one.token for one in fits], shares, model, work)
+    _write_clusters(clusters, photos, pixels, work)
+    write_json(
+        work / LOSSES, {one.token.token: {"training": one.losses, "held_out": one.held_out} for one in fits}
+    )
+    for one in clusters:
+        _checkpoint(work, one.number).unlink(missing_ok=True)
+    return _metrics(settings, fits, clusters)
+
+
+def cluster_token(token: str, number: int) -> str:
+    """Name of a cluster's token: "<site-style>" of the largest, then "<site-style-2>", "<site-style-3>".
+
+    Args:
+        token: name of the first.
+        number: the cluster's, from 0.
+    """
+    if number == 0:
+        return token
+    return f"{token[:-1]}-{number + 1}>" if token.endswith(">") else f"{token}-{number + 1}"
+
+
+@dataclass(frozen=True)
+class _Cluster:
+    """Photos that share a token.
+
+    Attributes:
+        number: 0 is the largest.
+        token: the token's name.
+        members: positions of the photos.
+    """
+
+    number: int
+    token: str
+    members: np.ndarray
+
+
+def _fit(
+    settings: StyleSettings,
+    cluster: _Cluster,
+    parts: DiffusionParts,
+    latents: torch.Tensor,
+    names: Sequence[str],
+    work: Path,
+) -> Inversion:
+    """One cluster's token; its checkpoint stays until the last cluster is done."""
+    from synthkit.calibration.inversion import InversionSettings, invert_style, untrained_style
+
+    named = replace(settings, token=cluster.token)
+    own = InversionSettings(**{one.name: getattr(named, one.name) for one in fields(InversionSettings)})
+    if settings.control:
+        return untrained_style(parts, names, own, cluster.number)
+    preview = _preview(named, parts, names, work) if settings.preview_every else None
+    return invert_style(parts, latents, names, own, _checkpoint(work, cluster.number), preview)
+
+
+def _checkpoint(work: Path, number: int) -> Path:
+    return work / (f".inversion-{number + 1}.safetensors" if number else ".inversion.safetensors")
+
+
+def _device(asked: str) -> str:
+    import torch
+
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    if asked == "cuda" != found:
+        raise ConfigError("--device cuda: torch finds no GPU here; `synthkit doctor` tells why")
+    return found if asked == "auto" else asked
+
+
+def _preview(settings: StyleSettings, parts: DiffusionParts, names: Sequence[str], work: Path) -> Preview:
+    """A row of images per look, one photo of each word, as `previews/<token>/<step>.png`."""
+    from synthkit.calibration.inversion import Preview
+    from synthkit.diffusion import draw, token_ids
+
+    photos = np.sort(np.unique(names, return_index=True)[1])[:_PREVIEWED].tolist()
+    folder = work / PREVIEWS / settings.token.strip("<>")
+    folder.mkdir(parents=True, exist_ok=True)
+    ids = token_ids(parts.tokenizer, [""]).to(parts.text_encoder.device)
+    plain = parts.text_encoder(ids).last_hidden_state
+
+    def show(step: int, embeddings: torch.Tensor) -> None:
+        images = draw(parts, embeddings, plain, _PREVIEW_STEPS, _PREVIEW_GUIDANCE, settings.seed)
+        contact_sheet([(f"{step:05d}", list(images))], folder / f"{step:05d}.png", min(128, images.shape[1]))
+
+    return Preview(settings.preview_every, photos, show)
+
+
+def _write_tokens(
+    settings: StyleSettings, tokens: Sequence[StyleToken], shares: Sequence[float], model: str, work: Path
+) -> None:
+    known = shares if len(tokens) > 1 else None
+    save_all(tokens, work / TOKEN_FILE, model, known, weights_fingerprint(resolve_model(model)))
+    for token in tokens if settings.a1111 else ():
+        token.save_unnamed(work / "a1111")
+
+
+def _write_clusters(clusters: Sequence[_Cluster], photos: ImageSet, pixels: np.ndarray, work: Path) -> None:
+    """Which photos share a token, as names and as a sheet to look at."""
+    if len(clusters) == 1:
+        return
+    paths = [item.path.relative_to(photos.root).as_posix() for item in photos.items]
+    write_json(work / CLUSTERS, {one.token: [paths[i] for i in one.members] for one in clusters})
+    rows = [(one.token, [pixels[i] for i in one.members[:_SHOWN]]) for one in clusters]
+    contact_sheet(rows, work / "clusters.png", min(64, pixels.shape[1]))
+
+
+def _metrics(
+    settings: StyleSettings, fits: Sequence[Inversion], clusters: Sequence[_Cluster]
+) -> dict[str, Any]:
+    tokens = [
+        {"token": one.token, "photos": len(one.members), "steps": len(fit.losses), **_loss_summary(fit)}
+        for fit, one in zip(fits, clusters, strict=True)
+    ]
+    photos = [len(one.members) for one in clusters]
+    means = {
+        name: None
+        if settings.control
+        else round(float(np.average([one[name] for one in tokens], weights=photos)), 6)
+        for name in ("loss_first", "loss_last")
+    }
+    ours = {name: getattr(settings, name) for name in _OURS}
+    return {**means, "tokens": tokens, "not_from_the_paper": ours}
+
+
+def _loss_summary(fit: Inversion) -> dict[str, float | None]:
+    """Mean loss of the first and of the last tenth of the steps, and the lowest held-out loss."""
+    tenth = max(1, len(fit.losses) // 10)
+    return {
+        "loss_first": float(np.mean(fit.losses[:tenth])) if fit.losses else None,
+        "loss_last": float(np.mean(fit.losses[-tenth:])) if fit.losses else None,
+        "loss_held_out": min(fit.held_out.values(), default=None),
+    }
 
 
 def whole_picture(size: int) -> Preprocessing:

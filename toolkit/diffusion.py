@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from synthkit.errors import ModelError
@@ -37,11 +37,15 @@ class DiffusionParts:
     scheduler: DDPMScheduler
 
 
-def load_parts(model_dir: Path) -> DiffusionParts:
+def load_parts(model_dir: Path, device: str = "cpu") -> DiffusionParts:
     """Load a diffusers folder.
 
+    Args:
+        model_dir: the folder.
+        device: where the networks compute, in torch's words.
+
     Raises:
-        ModelError: a part is missing or is of another architecture.
+        ModelError: a part is missing or is of another architecture, as SDXL's are.
     """
     try:
         parts = DiffusionParts(
@@ -56,8 +60,13 @@ def load_parts(model_dir: Path) -> DiffusionParts:
             f"{model_dir} does not load as a Stable Diffusion folder: {str(error).splitlines()[0]}; "
             "it needs tokenizer, text_encoder, unet, vae and scheduler in safetensors"
         ) from None
+    if parts.unet.config.addition_embed_type is not None:
+        raise ModelError(
+            f"{model_dir} is SDXL, whose token would need two embeddings, which learn-style does not learn; "
+            "learn a style with a Stable Diffusion 1.x or 2.x model, or draw with plain prompts"
+        )
     for module in (parts.text_encoder, parts.unet, parts.vae):
-        module.requires_grad_(False).eval()
+        module.requires_grad_(False).eval().to(device)
     return parts
 
 
@@ -75,7 +84,7 @@ def to_pixels(images: np.ndarray) -> torch.Tensor:
 def encode_images(vae: AutoencoderKL, images: np.ndarray, batch_size: int = 64) -> torch.Tensor:
     """Scaled latents [N, C, h, w] of uint8 images [N, H, W, 3]: the mean of the posterior."""
     latents = [
-        vae.encode(to_pixels(images[start : start + batch_size])).latent_dist.mean
+        vae.encode(to_pixels(images[start : start + batch_size]).to(vae.device)).latent_dist.mean
         for start in range(0, len(images), batch_size)
     ]
     return torch.cat(latents) * vae.config.scaling_factor
@@ -106,10 +115,51 @@ def noise_prediction_loss(
         generator: source of the noise and the timesteps.
     """
     scheduler = parts.scheduler
-    noise = torch.randn(latents.shape, generator=generator)
+    noise = torch.randn(latents.shape, generator=generator).to(latents.device)  # the same on every device
     steps = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), generator=generator)
+    steps = steps.to(latents.device)
     noisy = scheduler.add_noise(latents, noise, steps)
-    predicted = parts.unet(noisy, steps, embeddings).sample
+    predicted = parts.unet(noisy, steps, embeddings).sample.float()
     if scheduler.config.prediction_type == "v_prediction":
         return F.mse_loss(predicted, scheduler.get_velocity(latents, noise, steps))
     return F.mse_loss(predicted, noise)
+
+
+@torch.no_grad()
+def draw(
+    parts: DiffusionParts,
+    embeddings: torch.Tensor,
+    plain: torch.Tensor,
+    steps: int,
+    guidance: float,
+    seed: int,
+) -> np.ndarray:
+    """A few images in torch, by DDIM (Song et al. 2021) with classifier-free guidance (Ho & Salimans 2022).
+
+    For previews while a style is learned; volumes are drawn by `synthkit.engines.pipeline`.
+
+    Args:
+        parts: the pipeline.
+        embeddings: text embeddings [N, L, width].
+        plain: text embedding of the empty prompt [1, L, width].
+        steps: denoising steps.
+        guidance: guidance scale.
+        seed: of the initial noise; image i starts from the same noise whatever N is.
+
+    Returns:
+        uint8 images [N, H, W, 3].
+    """
+    scheduler = DDIMScheduler.from_config(parts.scheduler.config)
+    scheduler.set_timesteps(steps, device=embeddings.device)
+    side = parts.unet.config.sample_size
+    shape = (parts.unet.config.in_channels, side, side)
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.stack([torch.randn(shape, generator=generator) for _ in embeddings])
+    latents = noise.to(embeddings.device) * scheduler.init_noise_sigma
+    both = torch.cat([plain.expand_as(embeddings), embeddings])
+    for step in scheduler.timesteps:
+        without, guided = parts.unet(torch.cat([latents, latents]), step, both).sample.float().chunk(2)
+        latents = scheduler.step(without + guidance * (guided - without), step, latents).prev_sample
+    pixels = parts.vae.decode(latents / parts.vae.config.scaling_factor).sample
+    scaled = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte()
+    return np.asarray(scaled.permute(0, 2, 3, 1).cpu().numpy())

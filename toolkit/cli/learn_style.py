@@ -36,8 +36,12 @@ def command(
 ) -> options.Output:
     """Learn a style token from a few real photos; an interrupted run goes on from its last checkpoint.
 
+    With --clusters, photos that look alike share a token, and `generate` draws in each style as often as its
+    photos are.
+
     \b
     Example: synthkit learn-style --real-dir ./few_shots --steps 500
+    Example: synthkit learn-style --real-dir ./few_shots --clusters 3 --preview-every 50
     """
     from synthkit.artifacts import stage_state, workspace_lock
     from synthkit.images import ImageSet, class_words
@@ -55,7 +59,14 @@ def command(
         return options.Output({"stage": "learn-style", "state": state}, f"learn-style: {state}")
     with workspace_lock(workspace):
         result = learn_style(settings, model, photos, words, target, force)
-    metrics = result.manifest.metrics
-    text = f"{settings.token} in {target}: loss {metrics['loss_first']:.3f} -> {metrics['loss_last']:.3f}"
-    data = {"out": target, "skipped": result.skipped, **metrics}
-    return options.Output(data, f"{text} (unchanged, skipped)" if result.skipped else text)
+    data = {"out": target, "skipped": result.skipped, **result.manifest.metrics}
+    lines = [_line(one, target) for one in data["tokens"]]
+    return options.Output(data, "\n".join([*lines, "unchanged, skipped"] if result.skipped else lines))
+
+
+def _line(token: dict[str, Any], target: Path) -> str:
+    """What is said of one token."""
+    photos = f"{token['token']} in {target}: {token['photos']} photos"
+    if token["loss_first"] is None:
+        return f"{photos}, untrained"
+    return f"{photos}, loss {token['loss_first']:.3f} -> {token['loss_last']:.3f} in {token['steps']} steps"
