@@ -14,6 +14,7 @@ import inspect
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,23 @@ network are too short to be shared; larger weights would have to pass through th
 
 _PART = 32  # images of such a part at the most: activations that a core's cache still holds
 _FLAT = 1 / 255  # a picture whose values, 0 to 1, all lie so close together is one colour
+
+
+@dataclass(frozen=True)
+class Start:
+    """Images that a sampling loop starts from, as diffusers' image-to-image pipelines do (SDEdit).
+
+    Attributes:
+        latents: float32 [n, channels, side, side], of `EnginePipeline.encode`.
+        strength: share of the steps that are run, 0 to 1; 1 leaves nothing of the images.
+    """
+
+    latents: np.ndarray
+    strength: float
+
+    def take(self, rows: slice) -> Start:
+        """Some of the images."""
+        return Start(self.latents[rows], self.strength)
 
 
 class EnginePipeline:
@@ -105,44 +123,53 @@ class EnginePipeline:
         self._decoder.close()
 
     def embed(
-        self, prompts: Sequence[str], style: StyleToken | None = None, kept: Path | None = None
+        self, prompts: Sequence[str], *styles: StyleToken, negative: str = "", kept: Path | None = None
     ) -> TextEmbeddings:
         """Text embeddings of prompts; the text encoders are loaded for this call alone.
 
         Args:
-            prompts: texts; the style's token may stand in them.
-            style: a token to add to the vocabulary.
+            prompts: texts; the styles' tokens may stand in them.
+            *styles: tokens to add to the vocabulary.
+            negative: what guidance leads away from; empty: from no prompt.
             kept: a file that keeps them; where it holds them already, the text encoders do not run.
 
         Raises:
-            ModelError: the style has another width, or a prompt is too long.
+            ModelError: a style has another width, or a prompt is too long.
         """
-        if kept is None:
-            return embed(self.folder, self.geometry, prompts, style, self._text_provider)
-        key = text_key(self.folder, self.geometry, prompts, style, self._text_provider)
-        found = read_embeddings(kept, key)
+        provider = self._text_provider
+        key = text_key(self.folder, self.geometry, prompts, negative, styles, provider) if kept else ""
+        found = read_embeddings(kept, key) if kept else None
         if found is None:
             found = (
-                embed(self.folder, self.geometry, prompts, style, self._text_provider),
-                self.unconditional(),
+                embed(self.folder, self.geometry, prompts, styles, provider),
+                embed(self.folder, self.geometry, [negative], styles, provider)
+                if negative
+                else unconditional(self.folder, self.geometry, provider),
             )
-            write_embeddings(kept, key, *found)
+            if kept:
+                write_embeddings(kept, key, *found)
         self._unconditional = found[1]
         return found[0]
 
     def unconditional(self) -> TextEmbeddings:
-        """The embedding of no prompt, one row; computed once."""
+        """The embedding that guidance leads away from, one row; that of no prompt is computed once."""
         if self._unconditional is None:
             self._unconditional = unconditional(self.folder, self.geometry, self._text_provider)
         return self._unconditional
+
+    def guide_from(self, texts: TextEmbeddings) -> None:
+        """Take this embedding, one row, for the one that guidance leads away from."""
+        self._unconditional = texts
 
     def draw(
         self,
         embeddings: TextEmbeddings,
         seeds: Sequence[int],
         steps: int,
-        guidance: float,
+        guidance: float | Sequence[float],
         names: Sequence[str] = (),
+        start: Start | None = None,
+        blank: bool = False,
     ) -> np.ndarray:
         """One batch of images.
 
@@ -150,8 +177,10 @@ class EnginePipeline:
             embeddings: of n prompts.
             seeds: n seeds of the initial latents.
             steps: denoising steps.
-            guidance: guidance scale; at 1 or less the unconditional half is not computed.
+            guidance: guidance scale, one or n; at 1 or less the unconditional half is not computed.
             names: what an error calls the images; by default their seeds.
+            start: n images to start from; None: from noise alone.
+            blank: whether an image of one colour passes.
 
         Returns:
             uint8 [n, height, width, 3].
@@ -159,15 +188,17 @@ class EnginePipeline:
         Raises:
             EngineError: names the images that came out as NaN or infinite, or of one colour.
         """
-        self.prepare(guidance)
+        scales = np.broadcast_to(np.asarray(guidance, np.float32), (len(seeds),))
+        self.prepare(float(scales.max()))
 
         def part(rows: slice) -> np.ndarray:
-            noise = self.initial_latents(seeds[rows])
-            return self.decode(self.sample(embeddings.take(rows), noise, steps, guidance, seeds[rows]))
+            noise, begun = self.initial_latents(seeds[rows]), start.take(rows) if start else None
+            texts = embeddings.take(rows)
+            return self.decode(self.sample(texts, noise, steps, scales[rows], seeds[rows], begun))
 
         with ThreadPoolExecutor(self.workers) as pool:
             images = np.concatenate(list(pool.map(part, self._parts(len(seeds)))))
-        _check_images(images, names or [f"of seed {seed}" for seed in seeds])
+        _check_images(images, names or [f"of seed {seed}" for seed in seeds], blank)
         return _to_uint8(images)
 
     def prepare(self, guidance: float) -> Denoiser:
@@ -197,8 +228,9 @@ class EnginePipeline:
         embeddings: TextEmbeddings,
         latents: np.ndarray,
         steps: int,
-        guidance: float,
+        guidance: float | np.ndarray,
         seeds: Sequence[int],
+        start: Start | None = None,
     ) -> np.ndarray:
         """The sampling loop.
 
@@ -206,20 +238,29 @@ class EnginePipeline:
             embeddings: of n prompts.
             latents: float32 [n, channels, side, side], unit noise.
             steps: denoising steps.
-            guidance: guidance scale; at 1 or less the unconditional half is not computed.
+            guidance: guidance scale, one or n, all above 1 or none; where none is, the unconditional half is
+                not computed.
             seeds: n seeds of the noise that some schedulers add in each step.
+            start: n images to start from, instead of from noise alone.
 
         Returns:
             float32 [n, channels, side, side], clean latents.
         """
         import torch
 
-        denoiser = self.prepare(guidance)
-        step = denoiser.bind(self._texts(embeddings, denoiser.guided), latents.shape, guidance)
+        denoiser = self.prepare(float(np.max(guidance)))
+        scales = torch.tensor(guidance, dtype=torch.float32, device=denoiser.device).reshape(-1, 1, 1, 1)
+        step = denoiser.bind(self._texts(embeddings, denoiser.guided), latents.shape, scales)
         scheduler, extra = self._new_scheduler(seeds)
         scheduler.set_timesteps(steps)
-        state = torch.from_numpy(latents).to(denoiser.device) * scheduler.init_noise_sigma
-        for time in scheduler.timesteps:
+        noise = torch.from_numpy(latents).to(denoiser.device)
+        if start is None:
+            times, state = scheduler.timesteps, noise * scheduler.init_noise_sigma
+        else:
+            times = _times_from(scheduler, steps, start.strength)
+            clean = torch.from_numpy(start.latents).to(denoiser.device)
+            state = scheduler.add_noise(clean, noise, times[:1].repeat(len(clean)))
+        for time in times:
             output = step(scheduler.scale_model_input(state, time), float(time))
             state = scheduler.step(output, time, state, **extra, return_dict=False)[0]
         return np.asarray(state.cpu().numpy(), dtype=np.float32)
@@ -228,6 +269,29 @@ class EnginePipeline:
         """Images of clean latents: float [n, 3, height, width], -1 to 1."""
         scaled = latents / np.float32(self.geometry.scaling) + np.float32(self.geometry.shift)
         return run_typed(self._decoder, {"latent_sample": scaled})["sample"].astype(np.float32, copy=False)
+
+    def encode(self, pixels: np.ndarray) -> np.ndarray:
+        """Latents of images: the mean of what the VAE encoder says, nothing drawn at random.
+
+        Args:
+            pixels: uint8 [n, height, width, 3].
+
+        Returns:
+            float32 [n, channels, side, side].
+        """
+        encoder = self.vae_encoder()
+        try:
+            # One image at a time: its latents then cannot depend on which others are encoded.
+            means = [self._mean_latents(encoder, one) for one in pixels]
+        finally:
+            encoder.close()
+        shift, scaling = np.float32(self.geometry.shift), np.float32(self.geometry.scaling)
+        return np.asarray((np.stack(means) - shift) * scaling, dtype=np.float32)
+
+    def _mean_latents(self, encoder: Session, pixels: np.ndarray) -> np.ndarray:
+        sample = pixels.transpose(2, 0, 1)[None].astype(np.float32) / np.float32(127.5) - np.float32(1)
+        parameters = run_typed(encoder, {"sample": sample})["latent_parameters"][0]
+        return np.asarray(parameters[: self.geometry.channels], dtype=np.float32)
 
     def vae_encoder(self) -> Session:
         """The VAE encoder, loaded for the caller, who closes it."""
@@ -273,17 +337,26 @@ class EnginePipeline:
         return scheduler, extra
 
 
-def _check_images(images: np.ndarray, names: Sequence[str]) -> None:
+def _times_from(scheduler: Any, steps: int, strength: float) -> Any:
+    """What is left of a loop's timesteps, as `StableDiffusionImg2ImgPipeline.get_timesteps` has it."""
+    skipped = (steps - min(int(steps * strength), steps)) * scheduler.order
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(skipped)
+    return scheduler.timesteps[skipped:]
+
+
+def _check_images(images: np.ndarray, names: Sequence[str], blank: bool) -> None:
     """Refuse what a network whose numbers overflowed draws.
 
     Args:
         images: float [n, 3, height, width], -1 to 1.
         names: what errors call them.
+        blank: whether images of one colour pass.
     """
     flat = images.reshape(len(images), -1)
     broken = ~np.isfinite(flat).all(axis=1)
     shown = np.clip(np.nan_to_num(flat) / 2 + 0.5, 0, 1)
-    uniform = ~broken & (np.ptp(shown, axis=1) < _FLAT)
+    uniform = ~broken & (np.ptp(shown, axis=1) < _FLAT) & (not blank)
     for bad, what in ((broken, "as NaN or infinite"), (uniform, "black or of one colour")):
         if bad.any():
             listed = ", ".join(name for name, one in zip(names, bad, strict=True) if one)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ def embed(
     folder: Path,
     geometry: Geometry,
     prompts: Sequence[str],
-    style: StyleToken | None = None,
+    styles: Sequence[StyleToken] = (),
     provider: str = "cpu",
 ) -> TextEmbeddings:
     """Text embeddings of prompts.
@@ -57,19 +58,19 @@ def embed(
     Args:
         folder: the engines folder.
         geometry: the pipeline's sizes.
-        prompts: texts; the style's token may stand in them.
-        style: a token to add to the vocabulary.
+        prompts: texts; the styles' tokens may stand in them.
+        styles: tokens to add to the vocabulary.
         provider: what computes.
 
     Raises:
         EngineError: a tokenizer or a text encoder cannot be used.
-        ModelError: the style has another width, or a prompt is too long.
+        ModelError: a style has another width, or a prompt is too long.
     """
-    if style is not None:
+    for style in styles:
         _check_style(style, geometry)
     hidden, pooled = [], [np.zeros((len(prompts), 0), np.float32)]
     for text in geometry.texts:
-        answers = _encode(folder, text, geometry.length, prompts, style, provider)
+        answers = _encode(folder, text, geometry.length, prompts, styles, provider)
         hidden.append(answers[text.hidden])
         if text.pooled:
             pooled.append(answers["text_embeds"])
@@ -77,22 +78,28 @@ def embed(
 
 
 def text_key(
-    folder: Path, geometry: Geometry, prompts: Sequence[str], style: StyleToken | None, provider: str
+    folder: Path,
+    geometry: Geometry,
+    prompts: Sequence[str],
+    negative: str,
+    styles: Sequence[StyleToken],
+    provider: str,
 ) -> str:
-    """Digest of everything that the embeddings of some prompts depend on."""
+    """Digest of everything that the embeddings of some prompts and of the negative prompt depend on."""
     parts = [folder / name for text in geometry.texts for name in (text.component, text.tokenizer)]
     return digest(
         {
             "files": {one.name: fingerprint(one) for one in parts} | {INDEX: file_sha256(folder / INDEX)},
             "prompts": list(prompts),
-            "style": style and [style.token, style.vectors.tolist()],
+            "negative": negative,
+            "styles": [[style.token, style.vectors.tolist()] for style in styles],
             "provider": provider,
         }
     )
 
 
 def read_embeddings(path: Path, key: str) -> tuple[TextEmbeddings, TextEmbeddings] | None:
-    """Embeddings of prompts and of no prompt that `write_embeddings` kept; None unless they have this key."""
+    """What `write_embeddings` kept; None unless it has this key."""
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as kept:
             if str(kept["key"]) != key:
@@ -104,7 +111,7 @@ def read_embeddings(path: Path, key: str) -> tuple[TextEmbeddings, TextEmbedding
 
 
 def write_embeddings(path: Path, key: str, prompts: TextEmbeddings, none: TextEmbeddings) -> None:
-    """Keep embeddings of prompts and of no prompt; where the folder cannot be written, nothing is kept."""
+    """Keep embeddings of prompts and of the negative one; where the folder cannot be written, nothing."""
     arrays = {
         f"{name}_{kind}": getattr(texts, kind)
         for name, texts in (("prompts", prompts), ("none", none))
@@ -138,20 +145,24 @@ def _encode(
     text: TextSpec,
     length: int,
     prompts: Sequence[str],
-    style: StyleToken | None,
+    styles: Sequence[StyleToken],
     provider: str,
 ) -> dict[str, np.ndarray]:
     tokenizer, encoder = read_tokenizer(folder, text.tokenizer), None
     path = folder / text.component / "model.onnx"
-    if style is not None:
-        ids = _add_words(tokenizer, style)
-        content = with_rows(path, dict(zip(ids, style.vectors, strict=True)))
-        encoder = open_session(content, provider, data_folder=path.parent)
-        prompts = [prompt.replace(style.token, " ".join(style.words)) for prompt in prompts]
+    rows = {
+        index: row
+        for style in styles
+        for index, row in zip(_add_words(tokenizer, style), style.vectors, strict=True)
+    }
+    # Too long a prompt is refused before the text encoder is loaded.
+    ids = [_token_ids(tokenizer, length, _spelled_out(prompt, styles), prompt) for prompt in prompts]
+    if rows:
+        encoder = open_session(with_rows(path, rows), provider, data_folder=path.parent)
     encoder = encoder or open_session(path, provider)
     try:
         # One prompt at a time: its embedding then cannot depend on which others are asked for.
-        answers = [_answers(encoder, text, _token_ids(tokenizer, length, prompt)) for prompt in prompts]
+        answers = [_answers(encoder, text, one) for one in ids]
     finally:
         encoder.close()
     return {name: np.concatenate([one[name] for one in answers]) for name in answers[0]}
@@ -163,13 +174,27 @@ def _answers(encoder: OrtSession, text: TextSpec, token_ids: np.ndarray) -> dict
     return {name: answers[name].astype(np.float32) for name in wanted}
 
 
-def _token_ids(tokenizer: Any, length: int, prompt: str) -> np.ndarray:
+def _spelled_out(prompt: str, styles: Sequence[StyleToken]) -> str:
+    """A prompt with one word per vector in the place of each token."""
+    words = {style.token: " ".join(style.words) for style in styles}
+    if not words:
+        return prompt
+    longest_first = sorted(words, key=len, reverse=True)  # a token's name may begin with another's
+    return re.sub("|".join(map(re.escape, longest_first)), lambda found: words[found.group()], prompt)
+
+
+def _token_ids(tokenizer: Any, length: int, prompt: str, shown: str) -> np.ndarray:
     length = min(tokenizer.model_max_length, length)
-    ids = tokenizer(prompt).input_ids
-    if len(ids) > length:
+    count = len(tokenizer(prompt).input_ids)
+    if count > length:
+        words = prompt.split()
+        fitting = (
+            n for n in range(len(words)) if len(tokenizer(" ".join(words[: -n or None])).input_ids) <= length
+        )
         raise ModelError(
-            f"the prompt {prompt!r} has {len(ids)} tokens, the generator takes {length}; "
-            "give shorter words in classes.toml"
+            f"the prompt {shown!r} has {count} tokens, the generator takes {length}: it is "
+            f"{next(fitting, len(words))} word(s) too long; give shorter words in classes.toml, or a shorter "
+            "template or context"
         )
     padded = tokenizer(prompt, padding="max_length", max_length=length, return_tensors="np").input_ids
     return np.asarray(padded, dtype=np.int64)

@@ -15,8 +15,8 @@ from typing import Any
 
 from synthkit.artifacts import Request, StageResult, read_manifest, stage_state
 from synthkit.config import override
-from synthkit.images import ImageSet, class_words
-from synthkit.models import prompt_words, resolve_model
+from synthkit.images import ImageSet, class_synonyms
+from synthkit.models import prompt_synonyms, resolve_model
 from synthkit.recipes.adapt import adapt, adapt_request
 from synthkit.recipes.build_engines import base_model, build_engines, build_engines_request
 from synthkit.recipes.export import export_request, run_export
@@ -151,8 +151,8 @@ def _synthetic_stages(
     yield build_engines(settings.engines, workspace.engines)
     model = base_model(workspace.engines)
     yield learn_style(settings.style, model, photos, words, workspace.style)
-    token = workspace.style / TOKEN_FILE
-    yield generate(settings.generate, workspace.engines, words, token, workspace.synthetic)
+    token, several = workspace.style / TOKEN_FILE, synonyms_for_prompts(settings.engines, photos)
+    yield generate(settings.generate, workspace.engines, several, token, workspace.synthetic, photos=photos)
     material = Material(ImageSet.scan(workspace.synthetic), photos)
     yield train(settings.train, material, workspace.student)
 
@@ -168,8 +168,16 @@ def words_for_prompts(settings: EngineSettings, photos: ImageSet, *, download: b
     Raises:
         ModelError: the generator is known not to draw a class.
     """
-    own = class_words(photos.root, photos.classes)
-    return prompt_words(resolve_model(settings.model, download=download), photos.classes, own)
+    several = synonyms_for_prompts(settings, photos, download=download)
+    return {name: words[0] for name, words in several.items()}
+
+
+def synonyms_for_prompts(
+    settings: EngineSettings, photos: ImageSet, *, download: bool = True
+) -> dict[str, tuple[str, ...]]:
+    """Class name -> all words for it that the generator understands; see `words_for_prompts`."""
+    own = class_synonyms(photos.root, photos.classes)
+    return prompt_synonyms(resolve_model(settings.model, download=download), photos.classes, own)
 
 
 def plan_chain(
@@ -202,7 +210,10 @@ def _requests(
         model = base_model(workspace.engines)
         yield learn_style_request(settings.style, model, photos, words, workspace.style)
         token = workspace.style / TOKEN_FILE
-        yield generate_request(settings.generate, workspace.engines, words, token, workspace.synthetic)
+        several = synonyms_for_prompts(settings.engines, photos, download=False)
+        yield generate_request(
+            settings.generate, workspace.engines, several, token, workspace.synthetic, photos=photos
+        )
         material = Material(ImageSet.scan(workspace.synthetic), photos)
         yield train_request(settings.train, material, workspace.student)
         student_dir = workspace.student

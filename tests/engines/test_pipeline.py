@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from synthkit import style as style_files
-from synthkit.engines.pipeline import EnginePipeline
+from synthkit.engines.pipeline import EnginePipeline, Start
 from synthkit.engines.session import open_session
 from synthkit.errors import EngineError, ModelError
 from synthkit.style import StyleToken
@@ -76,6 +76,100 @@ def test_the_loop_follows_other_schedulers(
     embeddings = ours.embed(PROMPTS, style_files.load(tiny_style))
     got = ours.decode(ours.sample(embeddings, noise, 4, 2.0, SEEDS)).transpose(0, 2, 3, 1)
     assert np.abs(np.clip(got / 2 + 0.5, 0, 1) - wanted).max() < 1e-4
+
+
+def test_a_negative_prompt_is_that_of_diffusers(
+    tiny_model: Path, tiny_style: Path, pipeline: EnginePipeline
+) -> None:
+    import torch
+
+    reference, noise = diffusers_pipeline(tiny_model, tiny_style), pipeline.initial_latents(SEEDS)
+    wanted = reference(
+        PROMPTS,
+        negative_prompt=["of the <tiny>"] * 3,
+        latents=torch.from_numpy(noise),
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        output_type="np",
+    ).images
+    embeddings = pipeline.embed(PROMPTS, style_files.load(tiny_style), negative="of the <tiny>")
+    got = pipeline.decode(pipeline.sample(embeddings, noise, 4, 3.0, SEEDS)).transpose(0, 2, 3, 1)
+    assert np.abs(np.clip(got / 2 + 0.5, 0, 1) - wanted).max() < 1e-4
+    pipeline.embed(PROMPTS)
+    plain = pipeline.decode(pipeline.sample(embeddings, noise, 4, 3.0, SEEDS)).transpose(0, 2, 3, 1)
+    assert np.abs(plain - got).max() > 0.01, "without a negative prompt guidance leads away from no prompt"
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers of NumPy
+@pytest.mark.parametrize("name", ["own", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
+@pytest.mark.parametrize("strength", [0.3, 0.75, 1.0])
+def test_starting_from_images_is_that_of_diffusers(
+    name: str,
+    strength: float,
+    tiny_epsilon_model: Path,
+    tiny_epsilon_engines: Path,
+    tiny_style: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import diffusers
+    import torch
+    from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_img2img as module
+
+    parts = diffusers_pipeline(tiny_epsilon_model, tiny_style).components
+    reference = diffusers.StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
+    reference.set_progress_bar_config(disable=True)
+    if name != "own":
+        reference.scheduler = getattr(diffusers, name).from_config(reference.scheduler.config)
+    shutil.copytree(tiny_epsilon_engines, tmp_path / "engines")
+    reference.scheduler.save_pretrained(tmp_path / "engines" / "scheduler")
+    ours = EnginePipeline.open(tmp_path / "engines", "cpu")
+    noise = ours.initial_latents(SEEDS)
+    monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: torch.from_numpy(noise))
+    pixels = np.random.default_rng(0).integers(0, 256, (3, IMAGE, IMAGE, 3), np.uint8)
+    scaled = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    latents = reference.vae.encode(scaled).latent_dist.mode() * reference.vae.config.scaling_factor
+    encoded = ours.encode(pixels)
+    assert np.abs(encoded - latents.detach().numpy()).max() < 1e-4 * np.abs(encoded).max()
+    wanted = reference(
+        PROMPTS,
+        image=latents.detach(),
+        strength=strength,
+        num_inference_steps=7,
+        guidance_scale=2.0,
+        output_type="np",
+    ).images
+    texts = ours.embed(PROMPTS, style_files.load(tiny_style))
+    got = ours.decode(ours.sample(texts, noise, 7, 2.0, SEEDS, Start(encoded, strength)))
+    assert np.abs(np.clip(got.transpose(0, 2, 3, 1) / 2 + 0.5, 0, 1) - wanted).max() < 2e-4
+
+
+@pytest.mark.parametrize("strength", [None, 0.5])
+def test_images_of_one_batch_may_differ_in_guidance(strength: float | None, pipeline: EnginePipeline) -> None:
+    texts, seeds, guidance = pipeline.embed(["a", "b", "c"]), [1, 2, 3], [1.5, 2.37, 7.1]
+    pixels = np.random.default_rng(0).integers(0, 256, (3, IMAGE, IMAGE, 3), np.uint8)
+    start = Start(pipeline.encode(pixels), strength) if strength else None
+    whole = pipeline.draw(texts, seeds, 4, guidance, start=start)
+    for row, scale in enumerate(guidance):
+        own = slice(row, row + 1)
+        begun = start.take(own) if start else None
+        alone = pipeline.draw(texts.take(own), seeds[own], 4, scale, start=begun)
+        assert np.array_equal(alone[0], whole[row])
+    same = pipeline.draw(texts, seeds, 4, 2.37, start=start)
+    assert np.array_equal(same[1], whole[1]) and not np.array_equal(same[2], whole[2])
+
+
+def test_several_tokens_share_a_vocabulary(tmp_path: Path, pipeline: EnginePipeline) -> None:
+    names = ["<look>", "<look-2>", "sks", "sks2"]  # names of which one begins with another
+    tokens = [
+        style_files.load(write_token(tmp_path / f"{number}.safetensors", name, vectors=2, seed=number))
+        for number, name in enumerate(names)
+    ]
+    together = pipeline.embed([f"a b in the style of {name}" for name in names], *tokens).hidden
+    for row, (name, token) in enumerate(zip(names, tokens, strict=True)):
+        alone = pipeline.embed([f"a b in the style of {name}"], token).hidden
+        assert np.array_equal(alone[0], together[row])
+    assert len({one.tobytes() for one in together}) == 4
 
 
 @pytest.mark.parametrize("token", ["<tiny>", "<Site-Style>", "sks"])
@@ -186,6 +280,7 @@ def test_images_of_one_colour_are_named(pipeline: EnginePipeline, monkeypatch: p
     embeddings = pipeline.embed(["a", "b", "c"])
     with pytest.raises(EngineError, match=r"1 of 3 images came out black or of one colour: b; rebuild"):
         pipeline.draw(embeddings, [1, 2, 3], 2, 1.0, ["a", "b", "c"])
+    assert np.ptp(pipeline.draw(embeddings, [1, 2, 3], 2, 1.0, blank=True)[1].astype(int)) < 2
 
 
 def test_a_batch_drawn_by_several_workers_is_the_same(
@@ -209,7 +304,7 @@ def test_kept_embeddings_spare_the_text_encoder(
 
     kept, token = tmp_path / "kept.npz", style_files.load(tiny_style)
     first = EnginePipeline.open(tiny_engines, "cpu")
-    wanted, none = first.embed(PROMPTS, token, kept), first.unconditional()
+    wanted, none = first.embed(PROMPTS, token, kept=kept), first.unconditional()
 
     def refuse(*_: object) -> None:
         raise AssertionError("the text encoder ran")
@@ -218,13 +313,17 @@ def test_kept_embeddings_spare_the_text_encoder(
         patched.setattr(module, "embed", refuse)
         patched.setattr(module, "unconditional", refuse)
         again = EnginePipeline.open(tiny_engines, "cpu")
-        assert np.array_equal(again.embed(PROMPTS, token, kept).hidden, wanted.hidden)
+        assert np.array_equal(again.embed(PROMPTS, token, kept=kept).hidden, wanted.hidden)
         assert np.array_equal(again.unconditional().hidden, none.hidden)
-        for prompts, style in ((PROMPTS[:2], token), (PROMPTS, None)):
+        for prompts, styles, negative in (
+            (PROMPTS[:2], [token], ""),
+            (PROMPTS, [], ""),
+            (PROMPTS, [token], "b"),
+        ):
             with pytest.raises(AssertionError, match="ran"):
-                again.embed(prompts, style, kept)
+                again.embed(prompts, *styles, negative=negative, kept=kept)
     kept.write_bytes(kept.read_bytes()[:-100])
-    assert np.array_equal(first.embed(PROMPTS, token, kept).hidden, wanted.hidden)
+    assert np.array_equal(first.embed(PROMPTS, token, kept=kept).hidden, wanted.hidden)
 
 
 def test_the_vae_encoder_opens_when_it_is_asked_for(pipeline: EnginePipeline) -> None:
@@ -240,8 +339,14 @@ def test_tokens_and_prompts_that_do_not_fit(pipeline: EnginePipeline) -> None:
     known = StyleToken("a", np.zeros((1, WIDTH), np.float32))
     with pytest.raises(ModelError, match="'a' is already a word"):
         pipeline.embed(["a"], known)
-    with pytest.raises(ModelError, match="has 102 tokens, the generator takes 77"):
+    with pytest.raises(
+        ModelError, match=r"has 102 tokens, the generator takes 77: it is 1 word\(s\) too long"
+    ):
         pipeline.embed(["a" * 100])
+    with pytest.raises(ModelError, match=r"takes 77: it is 5 word\(s\) too long; give shorter words"):
+        pipeline.embed([" ".join("a" * 80)])
+    with pytest.raises(ModelError, match=r"too long"):
+        pipeline.embed(["a"], negative=" ".join("a" * 80))
 
 
 def test_folders_that_are_no_engines(tiny_engines: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -8,17 +9,21 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from synthkit.artifacts import read_manifest
+from synthkit import style as style_files
+from synthkit.artifacts import fingerprint, read_manifest, write_bytes
 from synthkit.cli import main
 from synthkit.errors import ConfigError, EngineError
-from synthkit.recipes.generate import generate, generate_request, image_seed
-from synthkit.recipes.settings import GenerateSettings
+from synthkit.recipes.generate import Screening, generate, generate_request
+from synthkit.recipes.set_plan import image_seed
+from synthkit.recipes.settings import FilterSettings, GenerateSettings
 
 pytest.importorskip("onnxruntime")
 CLASSES = {"b": "letter b", "ä x": "letter a"}
@@ -51,7 +56,8 @@ def test_the_set_is_an_image_folder_with_metadata(drawn: Path) -> None:
         assert line["prompt"] == f"A {CLASSES[line['class']]} photo in the style of <tiny>"
         with Image.open(path) as image:
             assert image.size == (16, 16) and image.mode == "RGB"
-    assert {"guidance", "steps", "model", "style"} <= lines[0].keys()
+        assert (line["token"], line["attempt"], line["steps"], line["guidance"]) == ("<tiny>", 0, 3, 2.0)
+    assert {"model", "style", "engines", "negative_prompt", "init"} <= lines[0].keys()
     assert len({line["sha256"] for line in lines}) == 10
 
 
@@ -61,7 +67,9 @@ def test_the_batch_size_changes_nothing(
     settings = GenerateSettings(per_class=5, steps=3, batch_size=3)
     result = generate(settings, tiny_engines, CLASSES, tiny_style, tmp_path / "synthetic")
     assert contents(tmp_path / "synthetic") == contents(drawn)
-    assert result.manifest.metrics["written"] == 10 and result.manifest.metrics["images_per_second"] > 0
+    metrics = result.manifest.metrics
+    assert metrics["written"] == 10 and metrics["images_per_second"] > 0 and metrics["rejected"] == 0
+    assert metrics["per_class"] == {name: {"kept": 5, "redrawn": 0, "given_up": {}} for name in CLASSES}
 
 
 def test_a_new_style_or_run_seed_draws_others(
@@ -76,10 +84,96 @@ def test_a_new_style_or_run_seed_draws_others(
     )
 
 
-def test_a_seed_is_its_own() -> None:
-    assert image_seed(0, "7", 3) == 221968626312874
-    names = [(seed, name, index) for seed in range(3) for name in ("1", "11") for index in range(30)]
-    assert len({image_seed(*name) for name in names}) == len(names)
+def test_a_finished_set_gets_back_what_it_lost(
+    drawn: Path, tiny_engines: Path, tiny_style: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(drawn, tmp_path / "set")
+    (tmp_path / "set" / "b" / "00003.png").unlink()
+    (tmp_path / "set" / "b" / "00001.png").write_bytes(b"not what was drawn")
+    (tmp_path / "set" / "metadata.jsonl").write_text("edited")
+    result = generate(SETTINGS, tiny_engines, CLASSES, tiny_style, tmp_path / "set")
+    assert (result.manifest.metrics["written"], result.manifest.metrics["skipped"]) == (2, 8)
+    assert contents(tmp_path / "set") == contents(drawn)
+
+
+class _Refusing:
+    """Stands for fitted filters: refuses images by their content."""
+
+    def __init__(self) -> None:
+        self.judged: list[int] = []
+
+    def judge(self, images: Sequence[tuple[Path, str]]) -> list[str | None]:
+        self.judged.append(len(images))
+        return [
+            "class" if hashlib.sha256(path.read_bytes()).digest()[0] < 110 else None for path, _ in images
+        ]
+
+    def describe(self) -> dict[str, Any]:
+        return {"thresholds": {}}
+
+
+def test_what_filters_reject_is_drawn_again_or_left_out(
+    tiny_engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filters = _Refusing()
+    monkeypatch.setattr("synthkit.recipes.generate.fit_filters", lambda *_: filters)
+    screening = Screening(FilterSettings(filter="blank", retries=1))
+    results = []
+    for name, batch in (("one", 20), ("two", 3)):
+        settings = GenerateSettings(per_class=8, steps=2, batch_size=batch)
+        results.append(generate(settings, tiny_engines, CLASSES, None, tmp_path / name, screening=screening))
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    metrics = results[0].manifest.metrics
+    lines = [json.loads(line) for line in (tmp_path / "one" / "metadata.jsonl").read_text().splitlines()]
+    redrawn = sum(line["attempt"] for line in lines)
+    assert redrawn > 0 and metrics["given_up"] > 0, "the test must see both"
+    assert len(lines) == 16 - metrics["given_up"]
+    assert metrics["rejected"] == redrawn + 2 * metrics["given_up"]
+    assert metrics["written"] == 16 + redrawn + metrics["given_up"]
+    assert sum(one["redrawn"] for one in metrics["per_class"].values()) == redrawn
+    for line in lines:
+        assert line["seed"] == image_seed(0, line["class"], line["index"], line["attempt"])
+        assert hashlib.sha256((tmp_path / "one" / line["file_name"]).read_bytes()).digest()[0] >= 110
+    rejected = list((tmp_path / "one" / ".rejected" / "class").glob("*.png"))
+    assert len(rejected) == metrics["rejected"] and (tmp_path / "one" / ".rejected" / "class.png").is_file()
+
+
+def test_a_full_disk_loses_nothing(
+    drawn: Path, tiny_engines: Path, tiny_style: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from synthkit.recipes import drawing
+
+    written = []
+
+    def write(path: Path, content: bytes) -> None:
+        if len(written) == 6:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        written.append(path)
+        write_bytes(path, content)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(drawing, "write_bytes", write)
+        code, out, errors = run(
+            *["--workspace", tmp_path, "generate", "--classes", "b", "--per-class", "9", "--steps", "3"],
+            *["--engines", tiny_engines, "--style", tiny_style, "--batch-size", "4"],
+        )
+    assert (code, out) == (1, "") and errors.count("\n") == 1
+    assert (
+        errors.startswith("error: cannot write") and "No space left" in errors and "goes on from it" in errors
+    )
+    settings = GenerateSettings(per_class=9, steps=3)
+    result = generate(settings, tiny_engines, {"b": "b"}, tiny_style, tmp_path / "synthetic")
+    assert (result.manifest.metrics["written"], result.manifest.metrics["skipped"]) == (3, 6)
+
+
+def test_the_key_of_usual_settings_is_that_of_earlier_versions(
+    tiny_engines: Path, tiny_style: Path, tmp_path: Path
+) -> None:
+    request = generate_request(SETTINGS, tiny_engines, CLASSES, tiny_style, tmp_path)
+    assert request.config == {"classes": CLASSES, "per_class": 5, "steps": 3, "guidance": 2.0, "seed": 0}
+    token = style_files.load(tiny_style)
+    digest = hashlib.sha256(token.token.encode() + b"\0" + token.vectors.tobytes()).hexdigest()
+    assert request.inputs == {"engines": fingerprint(tiny_engines), "style": digest}
 
 
 CHILD = """
@@ -162,7 +256,7 @@ def test_the_commands_end_to_end(
 def test_classes_come_from_the_photos_and_their_words_file(tiny_engines: Path, tmp_path: Path) -> None:
     for name in ("red_fox", "7"):
         (tmp_path / "real" / name).mkdir(parents=True)
-        Image.new("RGB", (8, 8), "red").save(tmp_path / "real" / name / "a.png")
+        Image.new("RGB", (8, 8), (200, len(name), 0)).save(tmp_path / "real" / name / "a.png")
     (tmp_path / "real" / "classes.toml").write_text('"7" = "digit seven"\n')
     flags = ["--real-dir", tmp_path / "real", "--engines", tiny_engines, "--dry-run", "--json"]
     code, out, _ = run("--workspace", tmp_path / "w", "generate", *flags)
@@ -177,6 +271,16 @@ def test_classes_come_from_the_photos_and_their_words_file(tiny_engines: Path, t
         (["--classes", "a", "--real-dir", "x"], "either --real-dir DIR or --classes"),
         (["--classes", "a"], "no engines folder"),
         (["--classes", "a", "--style", "absent.safetensors", "--engines", "."], "no style token"),
+        (["--classes", "a", "--style", "pyproject.toml", "--engines", "."], "not a safetensors file"),
+        (
+            ["--classes", "a", "--engines", ".", "--strength", "1.5"],
+            "strength = 1.5: must lie between 0 and 1",
+        ),
+        (["--classes", "a", "--engines", ".", "--per-class", "0"], "per_class = 0: must be at least 1"),
+        (["--classes", "a", "--engines", ".", "--steps", "5:2"], "steps = '5:2': must be a whole number"),
+        (["--classes", "a", "--engines", ".", "--template", "x"], "does not name the class"),
+        (["--classes", "a", "--engines", ".", "--init", "real"], "name their folder with --real-dir"),
+        (["--redo", "7/00000.png"], "lies in no synthetic set"),
     ],
 )
 def test_bad_calls_are_one_line(tmp_path: Path, flags: list[str], message: str) -> None:

@@ -135,19 +135,26 @@ def _option(field: dataclasses.Field[Any], kind: Any, name: str) -> Callable[[Fu
     help_text = f"{field.metadata['help']}  [default: {_shown(field.default)}]"
     if kind is bool:
         return click.option(f"{flag}/--no-{flag[2:]}", name, cls=SettingOption, default=None, help=help_text)
-    return click.option(flag, name, cls=SettingOption, type=_click_type(kind), default=None, help=help_text)
+    several = typing.get_origin(kind) is tuple
+    return click.option(
+        flag, name, cls=SettingOption, type=_click_type(kind), default=None, multiple=several, help=help_text
+    )
 
 
 def _shown(default: Any) -> str:
-    return (
-        "chosen" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
-    )
+    if default is None:
+        return "chosen"
+    if default in ("", ()):
+        return "none"
+    return str(default).lower() if isinstance(default, bool) else str(default)
 
 
 def _click_type(kind: Any) -> Any:
     if typing.get_origin(kind) is typing.Literal:
         return click.Choice([str(choice) for choice in typing.get_args(kind)])
     members = [one for one in typing.get_args(kind) if one is not type(None)]
+    if str in members:  # a number or a range: whoever reads the setting tells them apart
+        return str
     return members[0] if members else kind
 
 
@@ -165,5 +172,7 @@ def gather_settings(config: Path | None, options: Mapping[str, Any], *sections: 
             field.name: options.get(_parameter(sections, section, field))
             for field in dataclasses.fields(SECTIONS[section])
         }
-        settings[section] = override(settings[section], given)
+        settings[section] = override(
+            settings[section], {name: value for name, value in given.items() if value != ()}
+        )
     return settings

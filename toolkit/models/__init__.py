@@ -124,6 +124,13 @@ def model_fingerprint(model_dir: Path) -> str:
     return digest({path.relative_to(model_dir).as_posix(): file_sha256(path) for path in read})
 
 
+def weights_fingerprint(model_dir: Path) -> str:
+    """Digest of the weights that give a style token its meaning: those of text encoders and UNet."""
+    folders = [model_dir / name for name in ("text_encoder", "text_encoder_2", "unet")]
+    files = [path for folder in folders for path in sorted(folder.glob("*.safetensors"))]
+    return digest({path.relative_to(model_dir).as_posix(): file_sha256(path) for path in files})
+
+
 def known_words(model_dir: Path) -> dict[str, str] | None:
     """Class -> words of the classes that the generator draws; None when it is not limited to some.
 
@@ -143,7 +150,15 @@ def _words(name: str, value: Any, path: Path) -> str:
 
 
 def prompt_words(model_dir: Path, classes: Sequence[str], own_words: Mapping[str, str]) -> dict[str, str]:
-    """The words that stand for each class in prompts.
+    """The words that stand for each class in prompts; see `prompt_synonyms`."""
+    own = {name: (words,) for name, words in own_words.items()}
+    return {name: several[0] for name, several in prompt_synonyms(model_dir, classes, own).items()}
+
+
+def prompt_synonyms(
+    model_dir: Path, classes: Sequence[str], own_words: Mapping[str, Sequence[str]]
+) -> dict[str, tuple[str, ...]]:
+    """The words that stand for each class in prompts, several where the user gave several.
 
     The user's own words come first, then the generator's, then the class name with _ and - as spaces.
 
@@ -156,11 +171,14 @@ def prompt_words(model_dir: Path, classes: Sequence[str], own_words: Mapping[str
         ModelError: names every class that the generator is known not to draw, with the ways out.
     """
     known = known_words(model_dir)
-    words = {name: _chosen(name, own_words, known or {}) for name in classes}
+    words = {
+        name: tuple(_chosen(name, own, known or {}) for own in own_words.get(name, (name,)))
+        for name in classes
+    }
     if known is None:
         return words
     drawable = {value.casefold() for value in known.values()}
-    foreign = [name for name in classes if words[name].casefold() not in drawable]
+    foreign = [name for name in classes if not {one.casefold() for one in words[name]} <= drawable]
     if foreign:
         raise ModelError(
             f"the generator does not draw {', '.join(map(repr, foreign))}; it knows only "
@@ -170,8 +188,7 @@ def prompt_words(model_dir: Path, classes: Sequence[str], own_words: Mapping[str
     return words
 
 
-def _chosen(name: str, own_words: Mapping[str, str], known: Mapping[str, str]) -> str:
-    own = own_words.get(name, name)
+def _chosen(name: str, own: str, known: Mapping[str, str]) -> str:
     if _spelled(own) != _spelled(name):  # words that only repeat the class name say nothing of the user's own
         return own
     return known.get(name) or _spelled(name)
