@@ -24,6 +24,9 @@ OPSET = 17
 """The first opset with LayerNormalization whole, which computes in fp32 whatever the graph's precision; also
 the newest that TensorRT 8.6 (JetPack 6.0) reads."""
 
+TRACED_BATCH = 3
+"""Images that the exporter traces with; a proof with another number shows a batch that was frozen."""
+
 _CHATTER = (
     (DeprecationWarning, ""),  # the exporter is torch's older one, which Optimum 0.1 needs
     (FutureWarning, ""),
@@ -78,6 +81,7 @@ def export_pipeline(
     precisions = component_precisions(geometry, precision, vae_precision)
     with quiet():
         pipeline = _load_pipeline(model_dir, precision)
+        _keep_upcasts(pipeline.unet)
         _export(pipeline, out, opset)
         if precisions["vae_decoder"] != precision:
             _export_vae(pipeline, model_dir, out, opset, precisions["vae_decoder"])
@@ -114,13 +118,44 @@ def _load_pipeline(model_dir: Path, precision: str) -> Any:
         raise ModelError(f"cannot load the pipeline {model_dir}: {_one_line(error)}") from None
 
 
+def _keep_upcasts(unet: Any) -> None:
+    """Attention whose config asks for fp32 (Stable Diffusion 2.x overflows otherwise) is computed so.
+
+    Diffusers' default, torch's fused attention, sums in fp32 by itself and ignores the config; taken apart
+    into ONNX's operators it would not.
+    """
+    from diffusers.models.attention_processor import AttnProcessor
+
+    if unet.config.upcast_attention:
+        unet.set_attn_processor(AttnProcessor())
+
+
+def _small_example(pipeline: Any) -> dict[str, int]:
+    """Make the exporter trace small images, and return their shapes as it wants to be told.
+
+    What it writes is open in the size until `finish_graph`. Tracing computes, and half-precision convolutions
+    of torch are slow on a CPU: many minutes for Stable Diffusion 1.5 at full size.
+    """
+    # Each side makes the deepest feature map of its network 2x2.
+    pipeline.unet.register_to_config(sample_size=2 ** len(pipeline.unet.config.block_out_channels))
+    pipeline.vae.register_to_config(sample_size=2 ** len(pipeline.vae.config.block_out_channels))
+    return {"batch_size": TRACED_BATCH, "height": 2, "width": 2}  # of the VAE decoder's latents
+
+
 def _export(pipeline: Any, out: Path, opset: int) -> None:
     try:
         from optimum.exporters.onnx import onnx_export_from_model
     except ImportError as error:
         raise MissingExtra(error.name or "optimum", "train") from None
     with _export_errors():
-        onnx_export_from_model(pipeline, out, opset=opset, task="text-to-image", do_validation=False)
+        onnx_export_from_model(
+            pipeline,
+            out,
+            opset=opset,
+            task="text-to-image",
+            do_validation=False,
+            **_small_example(pipeline),
+        )
 
 
 def _export_vae(pipeline: Any, model_dir: Path, out: Path, opset: int, precision: str) -> None:
@@ -145,6 +180,7 @@ def _export_vae(pipeline: Any, model_dir: Path, out: Path, opset: int, precision
             {part: models[part] for part in parts},
             out,
             opset=opset,
+            input_shapes=_small_example(pipeline),
             output_names=[f"{part}/model.onnx" for part in parts],
             dtype=precision,
         )
@@ -168,9 +204,11 @@ def _tidy_configs(out: Path) -> None:
 
 def _state_size(out: Path, geometry: Geometry) -> None:
     """Where Optimum and this project look for the side of the images."""
-    path = out / "unet" / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    write_json(path, {**config, "sample_size": geometry.latent})
+    sides = {"unet": geometry.latent, "vae_decoder": geometry.image, "vae_encoder": geometry.image}
+    for component, side in sides.items():
+        path = out / component / "config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        write_json(path, {**config, "sample_size": side})
 
 
 @contextlib.contextmanager

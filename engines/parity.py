@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ TOLERANCE = {
 }
 """Largest error of an engine's output, as a part of the largest absolute value of the reference."""
 
-_BATCH = 3  # not the exporter's own 2, so that a batch frozen into the graph shows
+_BATCH = 2  # another than `TRACED_BATCH`, so that a batch frozen into the graph shows
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def _compare(
     spec: EngineSpec, geometry: Geometry, model_dir: Path, engines_dir: Path, precision: str
 ) -> ComponentParity:
     started = time.perf_counter()
-    feeds = _random_feeds(spec, geometry)
+    feeds = random_feeds(spec, geometry, _BATCH)
     with quiet():
         wanted = _reference(spec, model_dir, feeds)
     answers = [_engine_outputs(engines_dir / spec.path, feeds, tuple(wanted))]
@@ -105,11 +105,18 @@ def _difference(component: str, reference: np.ndarray, got: np.ndarray) -> float
     return float(np.abs(got - reference).max())
 
 
-def _random_feeds(spec: EngineSpec, geometry: Geometry) -> dict[str, np.ndarray]:
+def random_feeds(spec: EngineSpec, geometry: Geometry, batch: int) -> dict[str, np.ndarray]:
+    """Random inputs of an engine.
+
+    Args:
+        spec: of the engine.
+        geometry: of its pipeline.
+        batch: rows of every input.
+    """
     random = np.random.default_rng(0)
     feeds: dict[str, np.ndarray] = {}
     for tensor in spec.inputs:
-        shape = tuple(_BATCH if isinstance(side, str) else side for side in tensor.shape)
+        shape = tuple(batch if isinstance(side, str) else side for side in tensor.shape)
         if tensor.name == "input_ids":
             text = next(one for one in geometry.texts if one.component == spec.component)
             feeds[tensor.name] = random.integers(0, text.vocabulary, shape)
@@ -177,11 +184,22 @@ def _hidden(answer: Any) -> dict[str, Any]:
 
 
 def _unet(model_dir: Path, inputs: dict[str, Any]) -> dict[str, Any]:
+    return {"out_sample": call_unet(source_unet(model_dir), inputs)}
+
+
+def source_unet(model_dir: Path) -> Any:
+    """Diffusers' UNet in fp32."""
     from diffusers import UNet2DConditionModel
 
-    conditions = {name: inputs.pop(name) for name in ("text_embeds", "time_ids") if name in inputs}
-    unet = _load(UNet2DConditionModel, model_dir, "unet")
-    return {"out_sample": unet(**inputs, added_cond_kwargs=conditions).sample}
+    return _load(UNet2DConditionModel, model_dir, "unet")
+
+
+def call_unet(unet: Any, inputs: Mapping[str, Any]) -> Any:
+    """Diffusers' UNet on the tensors that the engine takes."""
+    further = ("text_embeds", "time_ids")  # of SDXL
+    plain = {name: value for name, value in inputs.items() if name not in further}
+    conditions = {name: inputs[name] for name in further if name in inputs}
+    return unet(**plain, added_cond_kwargs=conditions).sample
 
 
 def _vae_decoder(model_dir: Path, inputs: dict[str, Any]) -> dict[str, Any]:

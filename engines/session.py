@@ -234,7 +234,7 @@ def _open(
     try:
         session = runtime.InferenceSession(
             source,
-            _options(runtime, data_folder, threads, exact_int8),
+            session_options(data_folder, threads, exact_int8),
             providers=_wished(provider, model),
             enable_fallback=0,  # otherwise Python opens the model again with other providers
         )
@@ -334,8 +334,11 @@ def usable_threads() -> int:
     return int(wish) if wish.isdecimal() and int(wish) else len(os.sched_getaffinity(0))
 
 
-def _options(runtime: Any, data_folder: Path | None, threads: int | None, exact_int8: bool) -> Any:
-    options = runtime.SessionOptions()
+def session_options(
+    data_folder: Path | None = None, threads: int | None = None, exact_int8: bool = False
+) -> Any:
+    """ONNX Runtime's options for a session; the arguments are those of `open_session`."""
+    options = _onnxruntime().SessionOptions()
     options.log_severity_level = 3  # what matters comes back as an exception or in get_providers
     wish = os.environ.get("OMP_NUM_THREADS", "")
     options.intra_op_num_threads = threads or (int(wish) if wish.isdecimal() else 0)

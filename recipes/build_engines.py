@@ -31,9 +31,10 @@ from synthkit.engines.build_plan import (
 from synthkit.engines.export import component_precisions
 from synthkit.engines.spec import parse_batch, read_geometry
 from synthkit.engines.tensorrt_api import tensorrt_version
-from synthkit.errors import EngineError
-from synthkit.models import model_fingerprint, resolve_model
+from synthkit.errors import EngineError, ModelError
+from synthkit.models import model_fingerprint, resolve_model, weights_fingerprint
 from synthkit.recipes.settings import EngineSettings
+from synthkit.style import base_of
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +120,12 @@ def build_engines(settings: EngineSettings, out: Path, force: bool = False) -> S
         if backend == "tensorrt":
             plans = build_plans(work, None if force else out, _plan_build(settings))
             measured["engines"] += plans
-        return {**measured, "model": _resolvable(settings.model), "batch": settings.batch}
+        return {
+            **measured,
+            "model": _resolvable(settings.model),
+            "weights": weights_fingerprint(model_dir),
+            "batch": settings.batch,
+        }
 
     return run_stage(request, produce, force=force)
 
@@ -180,6 +186,24 @@ def base_model(engines_dir: Path) -> str:
     """
     manifest = read_manifest(engines_dir)
     return str(manifest.metrics["model"]) if manifest else str(engines_dir.resolve())
+
+
+def check_same_model(style: Path, engines_dir: Path) -> None:
+    """Refuse style tokens that were learned for other weights than the engines were made of.
+
+    Where either does not tell, as tokens of other tools do not, the text width alone is checked, later.
+
+    Raises:
+        ModelError: names both models.
+    """
+    manifest, (base, weights) = read_manifest(engines_dir), base_of(style)
+    own = manifest.metrics.get("weights") if manifest else None
+    if manifest and own and weights and own != weights:
+        raise ModelError(
+            f"the style {style} was learned for {_short_name(base)!r}, the engines {engines_dir} are made of "
+            f"{manifest.config['model']!r} with other weights; learn a style for this one with "
+            "`synthkit learn-style`, or build engines of the style's own model"
+        )
 
 
 def engine_list(result: StageResult) -> list[dict[str, Any]]:

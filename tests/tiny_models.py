@@ -29,19 +29,22 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 """Prediction type -> scheduler class and settings, as Stable Diffusion 1.5 and as glyphs-32 have them."""
 
 
-def tiny_pipeline(folder: Path, prediction_type: str = "v_prediction", seed: int = 0) -> Path:
+def tiny_pipeline(
+    folder: Path, prediction_type: str = "v_prediction", seed: int = 0, width: int = WIDTH, **of_unet: Any
+) -> Path:
     """Save a pipeline with random weights as a diffusers folder and return the folder."""
     import diffusers
     import torch
     from diffusers import StableDiffusionPipeline
+    from transformers import CLIPTextModel
 
     torch.manual_seed(seed)
     scheduler, settings = SCHEDULERS[prediction_type]
     StableDiffusionPipeline(
         vae=_lively(_vae()),
-        text_encoder=_lively(_text_encoder()),
+        text_encoder=_lively(CLIPTextModel(_text_config(width))),
         tokenizer=tiny_tokenizer(folder.parent / f"{folder.name}-vocabulary"),
-        unet=_lively(_unet()),
+        unet=_lively(_unet(cross_attention_dim=width, **of_unet)),
         scheduler=getattr(diffusers, scheduler)(
             beta_start=0.00085,
             beta_end=0.012,
@@ -54,6 +57,11 @@ def tiny_pipeline(folder: Path, prediction_type: str = "v_prediction", seed: int
         requires_safety_checker=False,
     ).save_pretrained(folder)
     return folder
+
+
+def tiny_sd2(folder: Path) -> Path:
+    """The same shaped as Stable Diffusion 2.1: v-prediction, texts 1024 wide, attention in fp32."""
+    return tiny_pipeline(folder, width=1024, use_linear_projection=True, upcast_attention=True)
 
 
 def tiny_turbo(folder: Path, seed: int = 0) -> Path:
@@ -129,12 +137,6 @@ def write_token(path: Path, token: str = "<tiny>", vectors: int = 2, seed: int =
     values = np.random.default_rng(seed).standard_normal((vectors, WIDTH)).astype(np.float32)
     StyleToken(token, values).save(path, "tiny")
     return path
-
-
-def _text_encoder() -> Any:
-    from transformers import CLIPTextModel
-
-    return CLIPTextModel(_text_config())
 
 
 def _text_config(width: int = WIDTH) -> Any:

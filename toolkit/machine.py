@@ -19,7 +19,10 @@ from typing import Any, Literal
 Status = Literal["ok", "warn", "missing"]
 
 _GIB = 2**30
+_MEMORY_TABLE = Path("/proc/meminfo")
 _LOW_MEMORY, _LOW_DISK = 1 * _GIB, 2 * _GIB
+_LIBRARIES = 0.75 * _GIB  # of memory: torch, diffusers and ONNX Runtime themselves
+_PEAK = 3.25  # memory of a build per byte of fp32 weights: 14.5 GB for the 4.27 GB of Stable Diffusion 1.5
 _JETPACK_OF_L4T = {"32": "4", "34": "5", "35": "5", "36": "6", "38": "7", "39": "7"}
 
 
@@ -78,26 +81,31 @@ def machine_checks(workspace: Path) -> list[Check]:
         Check("python", "ok", f"{platform.python_version()} at {sys.executable}"),
         Check("system", "ok", f"{platform.system()} {platform.release()} on {platform.machine()}"),
         Check("processors", "ok", f"{len(os.sched_getaffinity(0))} usable of {os.cpu_count()}"),
-        memory_check(Path("/proc/meminfo")),
+        memory_check(),
         disk_check(workspace),
     ]
 
 
-def memory_check(meminfo: Path) -> Check:
+def memory_check(meminfo: Path = _MEMORY_TABLE) -> Check:
     """Memory that programs can still get.
 
     Args:
         meminfo: Linux' table of it.
     """
+    free = available_memory(meminfo)
+    if free is None:
+        return Check("memory", "warn", "not known")
+    advice = "close other programs; training needs about 2 GiB" if free < _LOW_MEMORY else ""
+    return Check("memory", "warn" if advice else "ok", f"{free / _GIB:.1f} GiB available", advice)
+
+
+def available_memory(meminfo: Path = _MEMORY_TABLE) -> int | None:
+    """Bytes of memory that programs can still get; None where the system does not tell."""
     try:
         found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text(encoding="utf-8"))
     except OSError:
-        found = None
-    if not found:
-        return Check("memory", "warn", "not known")
-    free = int(found[1]) * 1024
-    advice = "close other programs; training needs about 2 GiB" if free < _LOW_MEMORY else ""
-    return Check("memory", "warn" if advice else "ok", f"{free / _GIB:.1f} GiB available", advice)
+        return None
+    return int(found[1]) * 1024 if found else None
 
 
 def disk_check(workspace: Path) -> Check:
@@ -106,14 +114,48 @@ def disk_check(workspace: Path) -> Check:
     Args:
         workspace: folder that need not exist.
     """
-    existing = next(path for path in (workspace.absolute(), *workspace.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
+    existing, free = free_disk(workspace)
     value = f"{free / _GIB:.1f} GiB free for {workspace}"
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         return Check("disk", "warn", f"{existing} cannot be written", "name another folder with --workspace")
     if free < _LOW_DISK:
         return Check("disk", "warn", value, "free some space or name another folder with --workspace")
     return Check("disk", "ok", value)
+
+
+def free_disk(workspace: Path) -> tuple[Path, int]:
+    """The nearest folder that exists, and the bytes that are free on its disk."""
+    existing = next(path for path in (workspace.absolute(), *workspace.absolute().parents) if path.exists())
+    return existing, shutil.disk_usage(existing).free
+
+
+def room_check(generator: str, weights: float, workspace: Path, meminfo: Path = _MEMORY_TABLE) -> Check:
+    """Whether engines of a generator can be built here.
+
+    The build writes a network, then once more with its sizes fixed. Its memory peaks when networks compute
+    for the comparison; one measured model speaks for all.
+
+    Args:
+        generator: its name.
+        weights: bytes of all its networks in fp32.
+        workspace: where the engines would be written.
+        meminfo: Linux' table of memory.
+    """
+    disk, memory = 2 * weights, _PEAK * weights + _LIBRARIES
+    (_, disk_free), memory_free = free_disk(workspace), available_memory(meminfo)
+    value = f"building engines takes {_size(disk)} of disk and {_size(memory)} of memory"
+    advice = []
+    if disk_free < disk:
+        advice.append(f"{_size(disk - disk_free)} of disk too little: free some, or name another --workspace")
+    if memory_free is not None and memory_free < memory:
+        lacking = _size(memory - memory_free)
+        advice.append(f"{lacking} of memory too little: build on a larger machine and copy the folder")
+    return Check(f"  {generator}", "warn" if advice else "ok", value, "; ".join(advice))
+
+
+def _size(count: float) -> str:
+    """Bytes in words."""
+    return f"{count / _GIB:.1f} GiB" if count > _GIB / 10 else f"{count / 2**20:.0f} MiB"
 
 
 def base_check(modules: Sequence[str] = ("click", "numpy", "PIL", "tqdm")) -> Check:
@@ -181,12 +223,19 @@ def jetpack_check(release: Path = Path("/etc/nv_tegra_release")) -> Check:
     return Check("jetpack", "ok", f"JetPack {generation} (L4T {found[1]}.{found[2]})")
 
 
-def hub_check(environment: Mapping[str, str]) -> Check:
-    """Whether the model hub may be asked; the network itself is never touched.
+def hub_check(environment: Mapping[str, str], wanted: bool) -> Check:
+    """Whether the model hub may be asked and, where that is wanted, whether it answers.
 
     Args:
         environment: the process's variables.
+        wanted: whether the network may be touched.
     """
     if environment.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
         return Check("hub", "ok", "off (HF_HUB_OFFLINE is set): local folders and the hub's cache only")
-    return Check("hub", "ok", "not asked; used only when a hub id is given")
+    if not wanted:
+        return Check("hub", "ok", "not asked (--hub asks it); used only when a hub id is given")
+    reply = ask("synthkit.probes:hub_answers", timeout=30)
+    if reply.error:
+        advice = "copy a model's diffusers folder here, and give it with --model DIR"
+        return Check("hub", "missing", f"does not answer: {reply.error}", advice)
+    return Check("hub", "ok", f"{reply.data} answers")

@@ -68,6 +68,16 @@ def torchvision_operators() -> str:
     return str(torchvision.__version__)
 
 
+def hub_answers() -> str:
+    """The address of a model hub that answers."""
+    import urllib.request
+
+    from huggingface_hub.constants import ENDPOINT
+
+    with urllib.request.urlopen(urllib.request.Request(ENDPOINT, method="HEAD"), timeout=15):
+        return str(ENDPOINT)
+
+
 if __name__ == "__main__":
     import json
 

@@ -215,10 +215,56 @@ def test_gpu(monkeypatch: pytest.MonkeyPatch, result: Any, status: str) -> None:
     assert machine.gpu_check().status == status
 
 
-def test_hub_is_never_asked() -> None:
-    assert machine.hub_check({}).value.startswith("not asked")
-    assert machine.hub_check({"HF_HUB_OFFLINE": "1"}).value.startswith("off")
-    assert machine.hub_check({"HF_HUB_OFFLINE": "0"}).value.startswith("not asked")
+def test_the_hub_is_asked_only_where_that_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    replies = [Reply("https://hub"), Reply(error="URLError: no route")]
+    monkeypatch.setattr(machine, "ask", lambda target, **rest: replies.pop(0))
+    assert machine.hub_check({}, False).value.startswith("not asked")
+    assert machine.hub_check({"HF_HUB_OFFLINE": "1"}, True).value.startswith("off")
+    assert machine.hub_check({"HF_HUB_OFFLINE": "0"}, False).value.startswith("not asked")
+    assert len(replies) == 2
+    assert machine.hub_check({}, True).value == "https://hub answers"
+    check = machine.hub_check({}, True)
+    assert (check.status, check.value) == ("missing", "does not answer: URLError: no route")
+    assert "--model DIR" in check.advice
+
+
+def test_the_command_asks_the_hub_with_its_flag(
+    answers: Callable[[Replies], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted: list[bool] = []
+    monkeypatch.setattr(
+        doctor, "hub_check", lambda environment, asked: wanted.append(asked) or Check("hub", "ok", "fine")
+    )
+    assert run().exit_code == run("--hub").exit_code == 0
+    assert wanted == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("disk", "memory", "advice"),
+    [
+        (100, 100, []),
+        (5, 100, ["3.0 GiB of disk too little"]),
+        (100, 8, ["5.8 GiB of memory too little: build on a larger machine"]),
+        (5, 8, ["3.0 GiB of disk too little", "5.8 GiB of memory too little"]),
+    ],
+)
+def test_room_for_a_generator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk: int, memory: int, advice: list[str]
+) -> None:
+    usage = machine.shutil._ntuple_diskusage
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: usage(2**40, 0, disk * 2**30))
+    table = tmp_path / "meminfo"
+    table.write_text(f"MemAvailable: {memory * 2**20} kB\n")
+    check = machine.room_check("big", 4 * 2**30, tmp_path, table)
+    assert check.name == "  big" and check.status == ("warn" if advice else "ok")
+    assert check.value == "building engines takes 8.0 GiB of disk and 13.8 GiB of memory"
+    assert all(one in check.advice for one in advice) and bool(check.advice) == bool(advice)
+    assert machine.room_check("tiny", 2**20, tmp_path, tmp_path / "absent").status == "ok"
+
+
+def test_every_kind_of_generator_has_its_room(answers: Callable[[Replies], None], tmp_path: Path) -> None:
+    names = [check.name.strip() for check in doctor.room_checks(tmp_path)]
+    assert names == [*doctor.models.bundled_models(), "SD 1.x", "SDXL"]
 
 
 def test_ask_answers_fails_and_gives_up() -> None:

@@ -76,6 +76,11 @@ def test_half_precision_lies_in_the_graph(tiny_model: Path, tmp_path: Path) -> N
     kinds = {one.data_type for one in onnx.load(out / "unet" / "model.onnx").graph.initializer}
     assert kinds == {onnx.TensorProto.FLOAT16}
     assert (out / "classes.toml").is_file()
+    sides = {
+        one: json.loads((out / one / "config.json").read_text())["sample_size"]
+        for one in ("unet", "vae_decoder", "vae_encoder")
+    }
+    assert sides == {"unet": IMAGE // 2, "vae_decoder": 2 * IMAGE, "vae_encoder": 2 * IMAGE}
     pipeline = EnginePipeline.open(out, "cpu")
     images = pipeline.draw(pipeline.embed(["a"]), [1], steps=2, guidance=2.0)
     assert images.shape == (1, 2 * IMAGE, 2 * IMAGE, 3) and images.std() > 10

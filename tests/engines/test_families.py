@@ -17,7 +17,7 @@ from synthkit.engines.pipeline import EnginePipeline
 from synthkit.engines.spec import read_geometry
 from synthkit.errors import ModelError
 from synthkit.models import model_fingerprint, resolve_model
-from tests.tiny_models import IMAGE, WIDTH, tiny_sdxl, tiny_turbo
+from tests.tiny_models import IMAGE, WIDTH, tiny_sd2, tiny_sdxl, tiny_turbo
 
 onnx = pytest.importorskip("onnx")
 pytestmark = pytest.mark.filterwarnings(
@@ -116,6 +116,39 @@ def ours_of(model: Path, noise: np.ndarray) -> np.ndarray:
     from diffusers import StableDiffusionXLPipeline
 
     return drawn(StableDiffusionXLPipeline.from_pretrained(str(model)), noise, 3, 3.0)
+
+
+def test_stable_diffusion_2_in_half_precision(tmp_path: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    from tests.tiny_models import write_token
+
+    model = tiny_sd2(tmp_path / "sd2")
+    export_pipeline(model, tmp_path / "half", "fp16")
+    assert read_geometry(tmp_path / "half").width == 1024
+    for one in component_parity(model, tmp_path / "half", "fp16"):
+        assert one.max_abs_error < one.tolerance
+    # `upcast_attention` lies in the graph: the products of queries and keys are of float32.
+    graph = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "half" / "unet" / "model.onnx")).graph
+    kinds = {one.name: one.type.tensor_type.elem_type for one in graph.value_info}
+    products = [node for node in graph.node if node.op_type == "Softmax"]
+    assert products and all(kinds[one.input[0]] == onnx.TensorProto.FLOAT for one in products)
+    noise, got = ours(tmp_path / "half", 3, 2.0)
+    wanted = drawn(StableDiffusionPipeline.from_pretrained(str(model), safety_checker=None), noise, 3, 2.0)
+    assert wanted.std() > 0.1 and np.abs(got - wanted).max() < 0.1
+    token = style_files.load(write_token(tmp_path / "token.safetensors"))
+    with pytest.raises(ModelError, match=r"this generator is Stable Diffusion 2\.x of text width 1024"):
+        EnginePipeline.open(tmp_path / "half", "cpu").embed(["a <tiny>"], token)
+
+
+def test_a_unet_step_of_sdxl_is_timed(
+    sdxl: Path, sdxl_engines: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from synthkit.recipes import bench_unet
+
+    monkeypatch.setattr(bench_unet, "base_model", lambda folder: str(sdxl))
+    rows = bench_unet.bench_unet_step(sdxl_engines, batch=2, guidance=3.0, runs=1)["rows"]
+    assert len(rows) == 3 and rows[-1]["max_difference"] > 0
 
 
 def test_turbo_draws_in_one_step_without_guidance(tiny_engines: Path, tmp_path: Path) -> None:

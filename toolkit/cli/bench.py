@@ -49,8 +49,11 @@ class Numbers(click.ParamType):
 @click.option("--threads", type=Numbers(int, 1024), help="Thread counts, of a bundle  [default: 1 and all]")
 @click.option("--percentiles", type=Numbers(float, 100), help="Beside 50, 90 and 99, of a bundle.")
 @click.option("--student", type=click.Path(path_type=Path), help="Torch student to time beside its bundle.")
+@click.option("--openvino", is_flag=True, default=None, help="Time a bundle's models in OpenVINO too.")
 @click.option("--steps", type=click.IntRange(min=1), help="Denoising steps, of engines.")
 @click.option("--guidance", type=float, help="Guidance scale, of engines.")
+@click.option("--unet-step", is_flag=True, default=None, help="One UNet step alone, of large engines.")
+@click.option("--profile", is_flag=True, default=None, help="Time by operator too, of engines on the CPU.")
 def command(workspace: Path, bundle: Path | None, engines: Path | None, **given: Any) -> options.Output:
     """Measure a bundle's or engines' speed, memory and size.
 
@@ -64,7 +67,7 @@ def command(workspace: Path, bundle: Path | None, engines: Path | None, **given:
         raise ConfigError("--bundle and --engines exclude each other; give one of them")
     chosen = {name: value for name, value in given.items() if value is not None}
     foreign = _FOR_BUNDLES if engines else _FOR_ENGINES
-    if wrong := [f"--{name}" for name in chosen if name in foreign]:
+    if wrong := [f"--{name.replace('_', '-')}" for name in chosen if name in foreign]:
         what = "a bundle" if engines else "engines"
         raise ConfigError(f"{', '.join(wrong)} is for {what} only; leave it out")
     return (
@@ -72,8 +75,8 @@ def command(workspace: Path, bundle: Path | None, engines: Path | None, **given:
     )
 
 
-_FOR_BUNDLES = ("warmup", "threads", "percentiles", "student")
-_FOR_ENGINES = ("steps", "guidance")
+_FOR_BUNDLES = ("warmup", "threads", "percentiles", "student", "openvino")
+_FOR_ENGINES = ("steps", "guidance", "unet_step", "profile")
 
 
 def _bench_bundle(bundle: Path, chosen: dict[str, Any]) -> options.Output:
@@ -86,7 +89,15 @@ def _bench_bundle(bundle: Path, chosen: dict[str, Any]) -> options.Output:
 
 
 def _bench_engines(engines: Path, chosen: dict[str, Any]) -> options.Output:
-    from synthkit.recipes.bench_engines import as_text, bench_engines
+    from synthkit.recipes import bench_engines, bench_unet, profile_unet
 
-    measured = bench_engines(engines, **chosen)
-    return options.Output(measured, as_text(measured))
+    alone, profile = chosen.pop("unet_step", False), chosen.pop("profile", False)
+    if alone and "steps" in chosen:
+        raise ConfigError("--steps and --unet-step exclude each other; give one of them")
+    measured = (bench_unet.bench_unet_step if alone else bench_engines.bench_engines)(engines, **chosen)
+    text = (bench_unet if alone else bench_engines).as_text(measured)
+    if profile:
+        task = {name: measured[name] for name in ("batch", "guidance", "runs")}
+        measured["profile"] = profile_unet.profile_unet(engines, **task)
+        text += "\n\n" + profile_unet.as_text(measured["profile"])
+    return options.Output(measured, text)

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import click
+
 from synthkit import models
 from synthkit.cli import options
 from synthkit.machine import (
@@ -20,20 +22,24 @@ from synthkit.machine import (
     installed,
     jetpack_check,
     machine_checks,
+    room_check,
 )
 
 _TRAIN = (
     "torch torchvision timm diffusers transformers optimum optimum-onnx onnx onnxscript safetensors "
     "accelerate scikit-learn jinja2 matplotlib"
 ).split()
+#: Bytes in fp32 of text encoders, UNet and VAE.
+_FULL_SIZE = {"SD 1.x": 4.27e9, "SDXL": 13.9e9}
 _LISTED_ONLY = "listed but does not load"
 
 
 @options.command("doctor")
-def command(workspace: Path) -> options.Output:
+@click.option("--hub", is_flag=True, help="Also ask the model hub whether it can be reached.")
+def command(workspace: Path, hub: bool) -> options.Output:
     """Tell what this machine can really run.
 
-    Runtimes and their providers are opened, not only listed; the network is never touched.
+    Runtimes and their providers are opened, not only listed; without --hub the network is not touched.
     Ends with 1 only when something that every command needs is broken.
 
     \b
@@ -50,7 +56,8 @@ def command(workspace: Path) -> options.Output:
         gpu_check(),
         jetpack_check(),
         generator_check(),
-        hub_check(os.environ),
+        *room_checks(workspace),
+        hub_check(os.environ, hub),
     ]
     ok = base.status == "ok"
     return options.Output({"ok": ok, "checks": [asdict(check) for check in checks]}, table(checks), ok)
@@ -172,3 +179,16 @@ def generator_check() -> Check:
         advice = "reinstall synthkit, or train it with: python -m synthkit.recipes.glyphs32"
         return Check("generator", "missing", "no bundled generator", advice)
     return Check("generator", "ok", ", ".join(f"{name} ({path})" for name, path in found.items()))
+
+
+def room_checks(workspace: Path) -> list[Check]:
+    """Disk and memory against what engines of each kind of generator need.
+
+    Args:
+        workspace: where they would be written.
+    """
+    bundled = {
+        name: float(sum(file.stat().st_size for file in folder.glob("*/*.safetensors")))
+        for name, folder in models.bundled_models().items()
+    }
+    return [room_check(name, weights, workspace) for name, weights in {**bundled, **_FULL_SIZE}.items()]
