@@ -16,7 +16,8 @@ import numpy as np
 from PIL import Image
 
 from synthkit.artifacts import StageResult
-from synthkit.images import ImageSet, contact_sheet
+from synthkit.contact_sheet import contact_sheet
+from synthkit.images import ImageSet
 from synthkit.metrics import top1
 from synthkit.recipes.chain import ChainSettings, Workspace, words_for_prompts
 from synthkit.recipes.compare import measure

@@ -10,13 +10,13 @@ import pytest
 from PIL import Image
 
 from synthkit import standalone
+from synthkit.contact_sheet import contact_sheet
 from synthkit.errors import BadImages, ConfigError, DataError, ModelError
 from synthkit.images import (
     ImageSet,
     Preprocessing,
     check_disjoint,
     class_words,
-    contact_sheet,
     k_shot,
     stratified_folds,
 )
@@ -345,6 +345,26 @@ def test_k_shot_draws_are_nested_and_follow_the_content(tmp_path: Path) -> None:
     assert found == {images.items[i].sha256 for i in draws[1]}
     with pytest.raises(DataError, match=r"7 images per class .*a dog has 6"):
         k_shot(images, 7, seed=0)
+
+
+def test_copies_are_drawn_once(tmp_path: Path) -> None:
+    images = ImageSet.scan(class_folders(tmp_path / "a", each=3))
+    for item in images.items:
+        item.path.with_name(f"copy of {item.path.name}").write_bytes(item.path.read_bytes())
+    copied = ImageSet.scan(tmp_path / "a")
+    assert len(copied) == 2 * len(images) and copied.distinct().digest == images.digest
+    drawn = copied.subset(k_shot(copied, 2, seed=3))
+    assert drawn.digest == images.subset(k_shot(images, 2, seed=3)).digest
+    with pytest.raises(DataError, match=r"4 images per class .*a dog has 3"):
+        k_shot(copied, 4, seed=0)
+
+
+def test_an_image_in_two_classes_is_refused(tmp_path: Path) -> None:
+    images = ImageSet.scan(class_folders(tmp_path / "a", each=2))
+    wrong = tmp_path / "a" / images.classes[1] / "moved.png"
+    wrong.write_bytes(images.items[0].path.read_bytes())
+    with pytest.raises(DataError, match=r"1 image\(s\) of .* lie in two classes: .*moved\.png is also"):
+        ImageSet.scan(tmp_path / "a")
 
 
 def test_contact_sheet_holds_every_picture(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Class folders of real or synthetic images, and what turns an image into a student's input.
 
     root/<class>/<image>      classes = sorted folder names; nested folders belong to their class
-    root/classes.toml         optional: folder = "the words used in prompts"
+    root/classes.toml         optional: folder = "the words used in prompts", or ["a", "list of", "synonyms"]
 
 Decoding and preprocessing live in `synthkit.standalone`, which also runs in a bundle without synthkit. This
 module knows no model: images go out as uint8 arrays at the student's size.
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from synthkit import standalone
 from synthkit.artifacts import digest, list_outputs
@@ -122,7 +122,8 @@ class ImageSet:
 
         Raises:
             BadImages: names every file that cannot be read.
-            DataError: the folder is missing, empty, has too few classes or a class without images.
+            DataError: the folder is missing, empty, has too few classes or a class without images, or one
+                image lies in two classes.
         """
         folders = _class_folders(root, fewest)
         files = [item for label, name in enumerate(folders) for item in _labelled(folders[name], label)]
@@ -136,6 +137,7 @@ class ImageSet:
         # By content, so that what is learned from the images does not depend on the names of the files.
         found = cls(root, tuple(folders), tuple(sorted(usable, key=lambda item: (item.label, item.sha256))))
         _refuse_empty_classes(found)
+        _refuse_contradictions(found)
         return found
 
     def __len__(self) -> int:
@@ -154,6 +156,11 @@ class ImageSet:
     def subset(self, indices: Iterable[int]) -> ImageSet:
         """The images at the given positions, with the same classes."""
         return ImageSet(self.root, self.classes, tuple(self.items[int(index)] for index in indices))
+
+    def distinct(self) -> ImageSet:
+        """The images without exact copies, so that none is held out of what its copy is learned in."""
+        first = {item.sha256: position for position, item in reversed(list(enumerate(self.items)))}
+        return self.subset(sorted(first.values()))
 
     def load(self, preprocessing: Preprocessing) -> np.ndarray:
         """Every image as model input, uint8 [N, height, width, 3].
@@ -238,6 +245,22 @@ def _refuse_empty_classes(images: ImageSet) -> None:
         raise DataError(f"no usable image in class {names} of {images.root}; add images or remove the folder")
 
 
+def _refuse_contradictions(images: ImageSet) -> None:
+    """Refuse an image that is labelled as two classes: one of the two is wrong."""
+    seen: dict[str, LabelledImage] = {}
+    pairs = [
+        f"{item.path} is also {first.path}"
+        for item in images.items
+        if (first := seen.setdefault(item.sha256, item)).label != item.label
+    ]
+    if pairs:
+        more = f" and {len(pairs) - _NAMED_AT_MOST} more" if len(pairs) > _NAMED_AT_MOST else ""
+        raise DataError(
+            f"{len(pairs)} image(s) of {images.root} lie in two classes: {'; '.join(pairs[:_NAMED_AT_MOST])}"
+            f"{more}; remove the wrong one of each pair"
+        )
+
+
 def _unreadable(path: Path) -> str:
     """Why a file is not a usable image; empty when it is one."""
     try:
@@ -287,21 +310,35 @@ def refuse_shared(images: ImageSet, known: Mapping[str, str], names: tuple[str, 
 
 
 def class_words(root: Path, classes: Sequence[str]) -> dict[str, str]:
-    """Class name -> the words that a prompt uses: from `root/classes.toml`, else the name itself.
+    """Class name -> the words that a prompt uses: the first of `class_synonyms`.
 
     Raises:
-        ConfigError: a key is no class, or a value is not a text; all of them at once.
+        ConfigError: as `class_synonyms`.
+    """
+    return {name: several[0] for name, several in class_synonyms(root, classes).items()}
+
+
+def class_synonyms(root: Path, classes: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Class name -> words for it that mean the same: from `root/classes.toml`, else the name itself.
+
+    Raises:
+        ConfigError: a key is no class, or a value is neither a text nor a list of texts; all of them at once.
     """
     given = read_toml(root / CLASS_WORDS) if (root / CLASS_WORDS).exists() else {}
-    problems = [f"unknown class {name!r}{nearest(name, classes)}" for name in given if name not in classes]
+    lists = {name: value if isinstance(value, list) else [value] for name, value in given.items()}
+    problems = [
+        f"there is no folder of the class {name!r}{nearest(name, classes)}"
+        for name in given
+        if name not in classes
+    ]
     problems += [
-        f"{name} = {words!r} must be a text in quotes"
-        for name, words in given.items()
-        if not isinstance(words, str) or not words.strip()
+        f"{name} = {given[name]!r} must be a text in quotes, or a list of them"
+        for name, words in lists.items()
+        if not words or not all(isinstance(one, str) and one.strip() for one in words)
     ]
     if problems:
         raise ConfigError(f"{root / CLASS_WORDS}: {'; '.join(problems)}")
-    return {name: given.get(name, name.replace("_", " ")) for name in classes}
+    return {name: tuple(lists.get(name, [name.replace("_", " ")])) for name in classes}
 
 
 def stratified_folds(labels: np.ndarray, k: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -332,6 +369,8 @@ def stratified_folds(labels: np.ndarray, k: int, seed: int) -> list[tuple[np.nda
 def k_shot(images: ImageSet, shots: int, seed: int) -> np.ndarray:
     """Positions of a few images of every class; a larger draw of the same seed contains the smaller ones.
 
+    Of exact copies one is drawn at the most.
+
     Args:
         images: where to draw from.
         shots: images per class.
@@ -340,41 +379,13 @@ def k_shot(images: ImageSet, shots: int, seed: int) -> np.ndarray:
     Raises:
         DataError: a class has fewer images.
     """
-    few = [f"{name} has {number}" for name, number in images.counts().items() if number < shots]
+    few = [f"{name} has {number}" for name, number in images.distinct().counts().items() if number < shots]
     if few:
         raise DataError(f"{shots} images per class were asked for, but {', '.join(few)}; ask for fewer")
+    first = {item.sha256: position for position, item in reversed(list(enumerate(images.items)))}
     order = [hashlib.sha256(f"{seed}/{item.sha256}".encode()).digest() for item in images.items]
     chosen: list[int] = []
     for label in range(len(images.classes)):
-        members = [i for i, item in enumerate(images.items) if item.label == label]
-        chosen += sorted(members, key=lambda i: order[i])[:shots]
+        members = [position for position in first.values() if images.items[position].label == label]
+        chosen += sorted(members, key=lambda position: order[position])[:shots]
     return np.array(sorted(chosen))
-
-
-def contact_sheet(
-    rows: Sequence[tuple[str, Sequence[Image.Image | np.ndarray]]], path: Path, cell: int = 48
-) -> None:
-    """Write a PNG of labelled rows of small images.
-
-    Args:
-        rows: label and images (Pillow's or uint8 [height, width, 3]) of each row.
-        path: the PNG file.
-        cell: side of one picture in pixels.
-    """
-    font = ImageFont.load_default(size=max(10, cell // 3))
-    margin = 8 + max(int(font.getlength(label)) for label, _ in rows)
-    step = cell + 2
-    width = margin + step * max(len(pictures) for _, pictures in rows)
-    sheet = Image.new("RGB", (width, step * len(rows)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for row, (label, pictures) in enumerate(rows):
-        draw.text((4, row * step + step // 2), label, fill="black", font=font, anchor="lm")
-        for column, picture in enumerate(pictures):
-            sheet.paste(_cell(picture, cell), (margin + column * step, row * step))
-    sheet.save(path, format="PNG")
-
-
-def _cell(picture: Image.Image | np.ndarray, side: int) -> Image.Image:
-    image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
-    filter = Image.Resampling.NEAREST if max(image.size) <= side else Image.Resampling.BOX
-    return image.convert("RGB").resize((side, side), filter)

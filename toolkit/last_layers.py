@@ -18,11 +18,14 @@ import torch
 from timm.models._features_fx import get_notrace_modules
 from torch.fx import Graph, GraphModule, Node, Tracer
 
+from synthkit.augmentation import augment, smooth_targets
 from synthkit.checkpoints import step_generator
+from synthkit.errors import ModelError
 from synthkit.students import Student, to_unit_range
-from synthkit.training import Examples, FitSettings, augment, smooth_targets
+from synthkit.training import Examples, FitSettings, Lesson
 
 _CHUNK = 64  # images that pass the frozen layers at once
+_PROTOTYPE_MARGIN = 3.0  # right with a probability near 1 at the class means, less between them
 _VIEW_STREAM = 1 << 20  # keeps the views' random numbers apart from those of the gradient steps
 
 Layers = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
@@ -44,6 +47,10 @@ class Views:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def cut(self, which: slice) -> Views:
+        """The same photos with only some of what crosses."""
+        return Views(self.augmented[which], self.clean[which], self.labels)
 
     def subset(self, indices: np.ndarray) -> Views:
         """The photos at the given positions."""
@@ -89,17 +96,48 @@ def split(student: Student) -> Split:
     Raises:
         NotImplementedError: torch.fx cannot follow the model's code, or the parts do not compute the same.
     """
-    student.model.eval()
-    try:
-        traced = GraphModule(student.model, _Tracer().trace(student.model))
-    except Exception as error:  # whatever a model's own code raises on symbolic values
-        raise NotImplementedError(f"{student.architecture}: {error}") from None
-    late = _trained_nodes(traced)
+    traced = _trace(student)
+    late = _following(traced, {name for name, one in traced.named_parameters() if one.requires_grad})
     crossing = [node for node in traced.graph.nodes if _crosses(node, late)]
     frozen = _part(traced, [node for node in traced.graph.nodes if node not in late], [], crossing)
     trained = _part(traced, [node for node in traced.graph.nodes if node in late], crossing, None)
     _prove(student, frozen, trained)
     return Split(frozen, replace(student, model=trained))
+
+
+def before_last(student: Student, counts: Sequence[int]) -> tuple[Layers, dict[int, slice]]:
+    """What `split` calls frozen, for several numbers of last units in one pass.
+
+    Args:
+        student: any.
+        counts: how many units are trained, counted from the head, each at least 1.
+
+    Returns:
+        Images [N, 3, H, W] -> what crosses into the last units of every count, one after the other; and the
+        place of each count's in it.
+
+    Raises:
+        NotImplementedError: torch.fx cannot follow the model's code.
+    """
+    traced, units = _trace(student), student.units()
+    crossing: list[Node] = []
+    places, latest = {}, set(traced.graph.nodes)
+    for count in counts:
+        late = _following(traced, {name for unit in units[-count:] for name in unit})
+        begin = len(crossing)
+        crossing += [node for node in traced.graph.nodes if _crosses(node, late)]
+        places[count] = slice(begin, len(crossing))
+        latest &= late
+    early = [node for node in traced.graph.nodes if node not in latest]
+    return _part(traced, early, [], crossing), places
+
+
+def _trace(student: Student) -> GraphModule:
+    student.model.eval()
+    try:
+        return GraphModule(student.model, _Tracer().trace(student.model))
+    except Exception as error:  # whatever a model's own code raises on symbolic values
+        raise NotImplementedError(f"{student.architecture}: {error}") from None
 
 
 @torch.no_grad()
@@ -109,7 +147,7 @@ def _prove(student: Student, frozen: Layers, trained: torch.nn.Module) -> None:
     images = images.view(2, *student.preprocessing.input_size)
     crossing = frozen(images)
     activations = all(isinstance(one, torch.Tensor) and len(one) == len(images) for one in crossing)
-    if not activations or not torch.equal(trained(*crossing), student.model(images)):
+    if not crossing or not activations or not torch.equal(trained(*crossing), student.model(images)):
         raise NotImplementedError(f"{student.architecture}: its layers cannot be cut apart")
 
 
@@ -160,9 +198,8 @@ class _Tracer(Tracer):
         return owns or type(m) in get_notrace_modules() or super().is_leaf_module(m, module_qualified_name)
 
 
-def _trained_nodes(traced: GraphModule) -> set[Node]:
-    """Nodes with a parameter to train, and all that follow from them."""
-    trainable = {name for name, one in traced.named_parameters() if one.requires_grad}
+def _following(traced: GraphModule, trainable: set[str]) -> set[Node]:
+    """Nodes that own one of these parameters, and all that follow from them."""
     late: set[Node] = set()
     for node in traced.graph.nodes:
         owns = node.op in ("call_module", "get_attr") and any(
@@ -197,3 +234,40 @@ def see(student: Student, examples: Examples, frozen: Layers, views: int, seed: 
 
 def _joined(chunks: list[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
     return tuple(torch.cat(one) for one in zip(*chunks, strict=True))
+
+
+def takes_means(head: torch.nn.Module) -> bool:
+    """Whether `head_from_means` can set this head."""
+    return isinstance(head, torch.nn.Linear) and head.bias is not None
+
+
+@torch.no_grad()
+def head_from_means(student: Student, head: str, lesson: Lesson, labels: np.ndarray) -> None:
+    """Let the head answer with the class whose mean feature is nearest (prototypes, Snell et al. 2017).
+
+    The squared distances are scaled so that the logit of a class is `_PROTOTYPE_MARGIN` at its own mean and
+    minus that in the middle of all classes; how large features are differs by family.
+
+    Args:
+        student: whole, or its last layers; its head is changed in place.
+        head: the name of its head among the model's modules.
+        lesson: photos of every class.
+        labels: their class indices, int64 [N].
+
+    Raises:
+        ModelError: the head is no linear layer.
+    """
+    layer = student.model.get_submodule(head)
+    if not takes_means(layer):
+        raise ModelError(f"the head of {student.architecture!r} is not linear with a bias; use --head new")
+    seen: list[torch.Tensor] = []
+    hook = layer.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    lesson.logits(student, np.arange(len(lesson)))
+    hook.remove()
+    features, of_class = torch.cat(seen), torch.from_numpy(labels)
+    means = torch.stack([features[of_class == label].mean(0) for label in range(len(student.classes))])
+    middle = means.mean(0)
+    away = means - middle
+    scale = 2 * _PROTOTYPE_MARGIN / away.square().sum(1).mean().clamp(min=1e-12)
+    layer.weight.copy_(scale * away)
+    layer.bias.copy_(-scale * (away @ middle + away.square().sum(1) / 2))

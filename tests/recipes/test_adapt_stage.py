@@ -18,8 +18,9 @@ from synthkit.artifacts import StageResult
 from synthkit.errors import ConfigError, DataError, ModelError
 from synthkit.images import ImageSet
 from synthkit.last_layers import Views
-from synthkit.recipes import adapt as recipe
-from synthkit.recipes.adapt import PATHS, Start, adapt, adapt_request, choose_path
+from synthkit.recipes import paths
+from synthkit.recipes.adapt import adapt, adapt_request, describe
+from synthkit.recipes.paths import PATHS, Site, Start, choose_path
 from synthkit.recipes.settings import AdaptSettings, TrainSettings
 from synthkit.recipes.train import SYNTHETIC, Material, train
 from synthkit.students import Student, load_student, new_student
@@ -33,7 +34,7 @@ SETTINGS = AdaptSettings(adapt_steps=8, adapt_lr=0.1)
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recipe, "_BATCH", 6)
+    monkeypatch.setattr(paths, "_BATCH", 6)
 
 
 def scan(folder: Path, each: int, seed: int, classes: tuple[str, ...] = COLOURS) -> ImageSet:
@@ -95,9 +96,8 @@ def run(student: Path | None, photos: ImageSet, out: Path, **changes: Any) -> St
 def choice(student: Student, photos: ImageSet, **changes: Any) -> tuple[str, dict[str, float]]:
     """The chosen path, and each path's share of held-out photos that were right."""
     examples = Examples(photos, student.preprocessing)
-    start = Start(student, True, None)
-    path, _, _, verdicts = choose_path(start, examples, replace(SETTINGS, **changes), TRAINING)
-    return path.name, {one.path: one.top1 for one in verdicts}
+    chosen = choose_path(Site(Start(student, True, None), examples, replace(SETTINGS, **changes), TRAINING))
+    return chosen.path.name, {one.path: one.top1 for one in chosen.verdicts}
 
 
 def test_a_head_that_mixes_the_classes_up_is_adapted(good: Student, photos: ImageSet, tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_the_verdicts_say_which_and_why(good: Student, photos: ImageSet, tmp_pat
     chosen = next(one for one in metrics["cross_validation"] if one["path"] == metrics["path"])
     assert metrics["steps"] == chosen["steps"]
     assert json.loads((tmp_path / "adapted" / "manifest.json").read_text("utf-8"))["metrics"] == metrics
-    text = recipe.describe(metrics["cross_validation"])
+    text = describe(metrics["cross_validation"])
     assert text.count("\n") == 4 and "unchanged  100% of held-out photos" in text
 
 
@@ -211,8 +211,7 @@ def test_one_photo_of_a_class_leaves_nothing_to_hold_out(
 
 def test_no_steps_on_real_photos_is_a_choice_too(good: Student, photos: ImageSet) -> None:
     examples, start = Examples(photos, good.preprocessing), Start(good, True, None)
-    path, *_ = choose_path(start, examples, SETTINGS, replace(TRAINING, real_steps=0))
-    assert path.name != "full"
+    assert choose_path(Site(start, examples, SETTINGS, replace(TRAINING, real_steps=0))).path.name != "full"
 
 
 def test_an_unchanged_stage_is_skipped(trained: Path, photos: ImageSet, tmp_path: Path) -> None:

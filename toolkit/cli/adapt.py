@@ -193,7 +193,7 @@ def _run_chain(
             {"plan": plan}, "\n".join(f"{name:<14} {state}" for name, state in plan.items())
         )
     with workspace_lock(workspace):
-        results = run_chain(settings, place, photos, **how, force=force)
+        results = list(chain_stages(settings, place, photos, **how, force=force))
     return _answer(results, place, test_dir, skip_bad)
 
 
