@@ -27,6 +27,7 @@ from synthkit.images import ImageSet, check_disjoint, k_shot
 from synthkit.recipes.build_engines import build_engines
 from synthkit.recipes.chain import ChainSettings, Workspace
 from synthkit.recipes.methods import ADAPTED, METHODS, Draw, answers
+from synthkit.recipes.procedures import BRIDGED
 
 _PREDICTIONS = "predictions.json"
 
@@ -69,12 +70,12 @@ def measure(draw: Draw, test: ImageSet, methods: Sequence[str]) -> dict[str, np.
 
 
 def seeded(settings: ChainSettings, seed: int) -> ChainSettings:
-    """The same settings with one seed for every stage that draws."""
+    """The same settings with one seed for every stage that draws; the chain's procedure is bridged++."""
     return replace(
         settings,
         style=replace(settings.style, seed=seed),
         generate=replace(settings.generate, seed=seed),
-        train=replace(settings.train, seed=seed),
+        train=replace(settings.train, seed=seed, procedure=BRIDGED),
         adapt=replace(settings.adapt, seed=seed),
     )
 

@@ -3,9 +3,13 @@
     photos ──chain──► synthetic/ ──► student/synthetic/ ──► student/ ──► adapted/ ──► bundle/
        │              "synthetic"                          "bridged++"              "adapted"
        ├──photos alone, as many gradient steps──► few_shot_only/
+       ├──synthetic/ and photos, other procedures──► procedures/<procedure>/
+       ├──student/synthetic/, last units on the photos──► last-<N>/
        └──other prompts──► <variant>/{style,synthetic,student}/
 
-Every folder is a stage's, so what was made before is found again.
+All of them take as many gradient steps as both stages of the bridge together, but for "vanilla", which takes
+the real stage's, those of synthetic images alone, which take the synthetic stage's, and the last units, whose
+steps are `adapt`'s. Every folder is a stage's, so what was made before is found again.
 """
 
 from __future__ import annotations
@@ -19,13 +23,16 @@ from typing import Any
 import numpy as np
 
 from synthkit.artifacts import StageResult
+from synthkit.config import override
 from synthkit.engines.bundle import FACTS, Bundle
 from synthkit.images import ImageSet
+from synthkit.recipes.adapt import adapt
 from synthkit.recipes.build_engines import base_model
 from synthkit.recipes.chain import ChainSettings, Workspace, chain_stages, words_for_prompts
 from synthkit.recipes.evaluate import predict_labels
 from synthkit.recipes.generate import generate
 from synthkit.recipes.learn_style import TOKEN_FILE, learn_style
+from synthkit.recipes.procedures import PROCEDURES
 from synthkit.recipes.train import SYNTHETIC, Material, synthetic_steps, train, untrained_student
 
 FEW_SHOT, SYNTHETIC_ONLY, BRIDGED, ADAPTED = "few-shot", "synthetic", "bridged++", "adapted"
@@ -114,6 +121,27 @@ def few_shot_only(draw: Draw) -> Path:
     return train(alone, Material(None, draw.photos), draw.place.root / "few_shot_only").out
 
 
+def by_procedure(draw: Draw, procedure: str, **changes: Any) -> Path:
+    """The student that a procedure makes of the draw's synthetic images and photos.
+
+    Args:
+        draw: the photos.
+        procedure: a key of `PROCEDURES`.
+        changes: settings of `train` to change.
+    """
+    settings = override(draw.settings.train, {"procedure": procedure, **changes})
+    material = Material(ImageSet.scan(draw.stage("generate").out), draw.photos)
+    folder = "-".join([procedure, *(f"{name}={value}" for name, value in changes.items())])
+    return train(settings, material, draw.place.root / "procedures" / folder).out
+
+
+def last_units(draw: Draw, count: int) -> Path:
+    """The student of the synthetic images after its last units learned the photos."""
+    settings = override(draw.settings.adapt, {"path": "auto", "layers": str(count)})
+    student = draw.stage("train").out
+    return adapt(settings, draw.settings.train, student, draw.photos, draw.place.root / f"last-{count}").out
+
+
 def synthetic_set(draw: Draw, method: str) -> Path:
     """The synthetic images that a method of synthetic images alone learns from.
 
@@ -130,7 +158,7 @@ def synthetic_set(draw: Draw, method: str) -> Path:
         learned = learn_style(style, base_model(engines), draw.photos, draw.words, folder / "style")
         token = learned.out / TOKEN_FILE
     settings = replace(draw.settings.generate, **variant.generate)
-    return generate(settings, engines, draw.words, token, folder / "synthetic").out
+    return generate(settings, engines, draw.words, token, folder / "synthetic", photos=draw.photos).out
 
 
 def synthetic_only(draw: Draw, method: str) -> Path:
@@ -158,15 +186,34 @@ def _alone(method: str, title: str) -> Method:
     return Method(f"synthetic only, {title}", lambda draw: synthetic_only(draw, method))
 
 
+def _procedure(name: str) -> Method:
+    return Method(PROCEDURES[name].title, lambda draw: by_procedure(draw, name))
+
+
+def _last(count: int) -> Method:
+    title = f"synthetic, then the last {count} unit{'s' * (count > 1)} on photos"
+    return Method(title, lambda draw: last_units(draw, count))
+
+
 #: Name -> method, in the order of the tables.
 METHODS = {
     FEW_SHOT: Method("few-shot only, same number of steps", few_shot_only),
+    "vanilla": Method(
+        "few-shot only, steps of the real stage alone", lambda draw: by_procedure(draw, "vanilla")
+    ),
+    "vanilla-mixup": _procedure("vanilla-mixup"),
     PLAIN: _alone(PLAIN, "plain prompts"),
     CONTROL: _alone(CONTROL, "untrained token"),
     SYNTHETIC_ONLY: _alone(SYNTHETIC_ONLY, "learned style"),
     CLUSTERED: _alone(CLUSTERED, f"{_CLUSTERS} learned styles"),
     HALF_PLAIN: _alone(HALF_PLAIN, "half learned style, half plain prompts"),
+    "mixed": _procedure("mixed"),
+    "mixed-half": Method("both, half a batch each", lambda draw: by_procedure(draw, "mixed", real_share=0.5)),
+    "joint": _procedure("joint"),
+    "mixed-auxbn": _procedure("mixed-auxbn"),
+    "bridged": _procedure("bridged"),
     BRIDGED: Method("bridged++", lambda draw: draw.stage("train").out),
+    **{f"last-{count}": _last(count) for count in (1, 2, 4)},
     ADAPTED: Method("adapted bundle", lambda draw: draw.stage("export").out),
 }
 

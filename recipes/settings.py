@@ -5,8 +5,8 @@ A field that changes a stage's result is part of that stage's key (see `synthkit
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from synthkit.config import setting
 
@@ -49,6 +49,17 @@ class StyleSettings:
     batch_size: int = setting(32, "noised latents per step", minimum=1)
     checkpoint_every: int = setting(50, "steps between two checkpoints", minimum=1)
     seed: int = setting(0, "seed of noise, timesteps and order", minimum=0)
+    clusters: int = setting(1, "tokens; photos that look alike share one", minimum=1)
+    control: bool = setting(False, "untrained vectors instead, to compare with")
+    schedule: Literal["constant", "cosine"] = setting("constant", "learning rate over the steps")
+    accumulate: int = setting(1, "batches per training step", minimum=1)
+    mixed_precision: Literal["no", "bf16", "fp16"] = setting("no", "number type of the networks, on a GPU")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to train; auto: the GPU that torch finds")
+    early_stop: int = setting(
+        0, "stop after so many checkpoints without a lower loss on held-out photos; 0: never", minimum=0
+    )
+    preview_every: int = setting(0, "steps between two sheets of images in previews/; 0: none", minimum=0)
+    a1111: bool = setting(False, "write the tokens also in a1111/, as A1111 and kohya read them")
 
 
 @dataclass(frozen=True)
@@ -56,15 +67,43 @@ class GenerateSettings:
     """`generate`: synthetic images of every class."""
 
     per_class: int = setting(200, "images of each class", minimum=1)
-    steps: int = setting(15, "denoising steps", minimum=1)
-    guidance: float = setting(2.0, "guidance scale; 1 or less: none", minimum=0)
+    steps: int | str = setting(15, "denoising steps, or LOW:HIGH, drawn per image", minimum=1)
+    guidance: float | str = setting(
+        2.0, "guidance scale, or LOW:HIGH, drawn per image; 1 or less: none", minimum=0
+    )
+    template: tuple[str, ...] = setting(
+        (), "sentence of prompts, with {words}, {token}, {context}; several: drawn per image"
+    )
+    context: tuple[str, ...] = setting((), "phrase that ends a prompt; several: drawn per image")
+    negative: str = setting("", "negative prompt, which guidance leads away from")
+    plain_share: float = setting(0.0, "share of images that are drawn without the style, 0 to 1", minimum=0)
+    init: Literal["noise", "real"] = setting("noise", "what an image starts from; real: a photo of its class")
+    strength: float = setting(0.75, "of --init real: 1 leaves nothing of the photo, 0 all of it", minimum=0)
     batch_size: int = setting(100, "images per batch", minimum=1)
+    ray: str | None = setting(None, "draw on a Ray cluster: its address, or local; see --ray-workers")
+    ray_workers: int | None = setting(
+        None, "Ray: processes that draw; chosen: one per GPU or node", minimum=1
+    )
     seed: int = setting(0, "run seed; image i of class c is drawn from (seed, c, i)", minimum=0)
 
 
 @dataclass(frozen=True)
+class FilterSettings:
+    """`generate`: which images are rejected and drawn again."""
+
+    filter: str = setting("none", "comma-separated: blank, saturated, class, duplicate, leak")
+    filter_quantile: float = setting(
+        0.05, "share of your photos that a filter's threshold would reject, 0 to 1", minimum=0
+    )
+    classifier: str | None = setting(
+        None, "folder of a student or of CLIP that judges the class; chosen: none"
+    )
+    retries: int = setting(3, "times that a rejected image is drawn anew before it is given up", minimum=0)
+
+
+@dataclass(frozen=True)
 class TrainSettings:
-    """`train`: bridged transfer++ (arXiv 2403.19866)."""
+    """`train`: a student from synthetic images and photos, by one of `synthkit.recipes.procedures`."""
 
     student: str = setting("resnet10t", "timm model name")
     pretrained: bool = setting(False, "start from timm's hub weights")
@@ -76,8 +115,48 @@ class TrainSettings:
     real_steps: int = setting(100, "gradient steps over the real images", minimum=0)
     lr: float = setting(0.002, "peak learning rate", minimum=0)
     batch_size: int = setting(64, "images per gradient step", minimum=2)
-    mixup: float = setting(0.2, "Mixup alpha of the synthetic stage; 0: off", minimum=0)
+    mixup: float = setting(0.2, "Mixup alpha, where the procedure has Mixup; 0: off", minimum=0)
     seed: int = setting(0, "seed of initial weights, order and augmentation", minimum=0)
+    # Below what is here, an option that is off does not count for a stage's key: see `keyed`.
+    procedure: Literal[
+        "vanilla",
+        "vanilla-matched",
+        "vanilla-mixup",
+        "synthetic",
+        "mixed",
+        "joint",
+        "mixed-auxbn",
+        "bridged",
+        "bridged++",
+    ] = setting("bridged++", "how to train on photos and synthetic images")
+    real_share: float | None = setting(
+        None, "mixed, joint: share of photos in a batch; chosen: mixed: of all images, others: 0.5", minimum=0
+    )
+    real_weight: float = setting(0.8, "joint: weight of the photos' loss", minimum=0)
+    held_out: int = setting(
+        0, "photos of each class that choose the checkpoint and are not learned; 0: the last one", minimum=0
+    )
+    opt: Literal["adamw", "sgd", "adam", "nadamw", "lion", "rmsprop"] = setting("adamw", "timm's optimiser")
+    schedule: Literal["one-cycle", "cosine", "step"] = setting(
+        "one-cycle", "course of the learning rate; cosine, step: timm's"
+    )
+    layer_decay: float = setting(1.0, "share of the next unit's learning rate that a unit gets", minimum=0)
+    ema: float = setting(0.0, "decay of the moving average of weights that is kept; 0: off", minimum=0)
+    augment: str = setting("default", "default, none, or timm's, such as rand-m9-mstd0.5")
+    amp: bool = setting(False, "forward passes in bfloat16")
+    accumulate: int = setting(1, "parts of a batch that go through the student one by one", minimum=1)
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to train; auto: the GPU that torch finds")
+
+    def keyed(self) -> dict[str, Any]:
+        """What a stage's key covers.
+
+        An option that came later and is off stays out, so that folders made before it existed remain valid;
+        so does the device.
+        """
+        values, usual = asdict(self), asdict(TrainSettings())
+        late = list(values)[list(values).index("procedure") :]
+        unchanged = {name for name in late if values[name] == usual[name]}
+        return {name: value for name, value in values.items() if name not in {*unchanged, "device"}}
 
 
 @dataclass(frozen=True)
@@ -88,6 +167,9 @@ class AdaptSettings:
         "auto", "units to adapt: head, + last block, + last stage"
     )
     path: str = setting("auto", "adaptation path; auto: chosen by cross-validation")
+    head: Literal["auto", "keep", "new", "means"] = setting(
+        "auto", "how the head starts: as it is, from zero, or from class means; auto: by the photos"
+    )
     adapt_steps: int = setting(60, "gradient steps at the most", minimum=1)
     adapt_lr: float = setting(0.001, "peak learning rate", minimum=0)
     views: int = setting(8, "augmented views of a photo that the frozen layers see", minimum=1)
@@ -118,6 +200,7 @@ SECTIONS: dict[str, type] = {
     "build-engines": EngineSettings,
     "learn-style": StyleSettings,
     "generate": GenerateSettings,
+    "filter": FilterSettings,
     "train": TrainSettings,
     "adapt": AdaptSettings,
     "export": ExportSettings,

@@ -1,25 +1,36 @@
-"""`train`: bridged transfer++ (Li et al. 2024, arXiv 2403.19866).
+"""`train`: a student by one of the procedures, by default bridged transfer++ (Li et al., arXiv 2403.19866).
 
 timm student ──all layers on synthetic, Mixup──► student/synthetic/ ──new head, all layers on real──► student/
 
 Without synthetic images the second stage alone remains, which is vanilla transfer; without photos the first.
+What the other procedures do with the same images stands in `synthkit.recipes.procedures`.
 """
 
 from __future__ import annotations
 
+import logging
 import math
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from synthkit.artifacts import Request, StageResult, fingerprint, run_stage
+import numpy as np
+
+from synthkit.artifacts import Request, StageResult, fingerprint, read_manifest, run_stage, stage_state
+from synthkit.curves import CURVES
 from synthkit.errors import ConfigError, DataError
-from synthkit.images import ImageSet
+from synthkit.images import ImageSet, k_shot
+from synthkit.metrics import top1
+from synthkit.recipes.procedures import PROCEDURES, Images, Stage
 from synthkit.recipes.settings import TrainSettings
 
 if TYPE_CHECKING:
     from synthkit.students import Student
-    from synthkit.training import FitSettings
+    from synthkit.training import Batches, FitSettings
+
+log = logging.getLogger(__name__)
 
 SYNTHETIC = "synthetic"  # subfolder: the student before it has seen a real photo
 
@@ -67,17 +78,49 @@ def train_request(settings: TrainSettings, material: Material, out: Path) -> Req
     """What `train` would make.
 
     Raises:
-        ConfigError, DataError: see `Material.classes`.
+        ConfigError, DataError: see `Material.classes`, `check_settings` and `stages_of`.
     """
     inputs = {"classes": ",".join(material.classes)}
+    check_settings(settings)
+    stages_of(settings, material)
     if material.synthetic:
         inputs["synthetic"] = material.synthetic.digest
     if material.photos:
         inputs["photos"] = material.photos.digest
     if settings.weights:
         inputs["weights"] = weights_fingerprint(Path(settings.weights))
-    config = {name: value for name, value in asdict(settings).items() if name != "weights"}
+    config = {name: value for name, value in settings.keyed().items() if name != "weights"}
     return Request(stage="train", out=out, inputs=inputs, config=config)
+
+
+def check_settings(settings: TrainSettings) -> None:
+    """Refuse values that no procedure can use.
+
+    Raises:
+        ConfigError: names every such option with its value and range.
+    """
+    share, parts = settings.real_share, settings.accumulate
+    batches = {settings.batch_size, min(settings.batch_size, _REAL_BATCH)}
+    problems = [
+        (share is not None and not 0 < share < 1, f"--real-share {share}: must lie between 0 and 1"),
+        (settings.real_weight > 1, f"--real-weight {settings.real_weight}: must be at most 1"),
+        (
+            not 0 < settings.layer_decay <= 1,
+            f"--layer-decay {settings.layer_decay}: must be above 0 and at most 1",
+        ),
+        (settings.ema >= 1, f"--ema {settings.ema}: must be below 1, for example 0.99"),
+        (
+            parts > 1 and any(size % (2 * parts) for size in batches),
+            f"--accumulate {parts}: batches of {' and '.join(map(str, sorted(batches)))} images cannot be "
+            "cut into so many equal parts of two images or more",
+        ),
+        (
+            settings.procedure == "mixed-auxbn" and settings.batch_size % 2,
+            f"--batch-size {settings.batch_size}: mixed-auxbn takes half of each kind, so it must be even",
+        ),
+    ]
+    if found := [text for wrong, text in problems if wrong]:
+        raise ConfigError("; ".join(found))
 
 
 def weights_fingerprint(path: Path) -> str:
@@ -91,49 +134,171 @@ def weights_fingerprint(path: Path) -> str:
     return fingerprint(path)
 
 
+def stages_of(settings: TrainSettings, material: Material) -> list[Stage]:
+    """The stages of the procedure for which there are images.
+
+    Raises:
+        ConfigError: there is none, or nothing says how many steps it takes.
+    """
+    present = {
+        Images.SYNTHETIC: material.synthetic is not None,
+        Images.REAL: material.photos is not None,
+        Images.BOTH: material.synthetic is not None and material.photos is not None,
+    }
+    stages = PROCEDURES[settings.procedure].stages
+    found = [stage for stage in stages if present[stage.images]]
+    if found and (material.synthetic or not found[0].whole):
+        return found
+    options = {Images.SYNTHETIC: "--synth-dir", Images.REAL: "--real-dir"}
+    needed = "--synth-dir and --real-dir" if stages[0].whole else options[stages[0].images]
+    raise ConfigError(
+        f"--procedure {settings.procedure} needs {needed}"
+        + ("; how many steps it takes follows from the synthetic images" if stages[0].whole else "")
+    )
+
+
 def train(settings: TrainSettings, material: Material, out: Path, force: bool = False) -> StageResult:
     """Make the student's folder, or find it made.
 
     Raises:
         ModelError: the student is unknown, or its weights are absent or do not fit.
+        ConfigError: training came to nothing, see `synthkit.training.fit`.
     """
+    from synthkit.gradients import first_process, wait_for_all
+
+    request = train_request(settings, material, out)
 
     def produce(work: Path) -> dict[str, Any]:
-        steps = synthetic_steps(settings, material)
-        student = synthetic_student(settings, material, work)
-        if material.photos:
-            real_stage(student, material.photos, settings)
-        student.save(work)
-        counts = {"n_synthetic": len(material.synthetic or ()), "n_real": len(material.photos or ())}
-        return {
-            **counts,
-            "synthetic_steps": steps,
-            "real_steps": settings.real_steps if material.photos else 0,
-        }
+        wait_for_all()
+        return _produce(settings, material, work)
 
-    return run_stage(train_request(settings, material, out), produce, force=force)
+    if first_process():
+        result = run_stage(request, produce, force=force)
+    elif force or stage_state(request) != "unchanged":
+        produce(request.partial)
+    wait_for_all()
+    if first_process():
+        return result
+    manifest = read_manifest(out)
+    assert manifest is not None
+    return StageResult(out, manifest)
+
+
+def _produce(settings: TrainSettings, material: Material, work: Path) -> dict[str, Any]:
+    """Run the stages of the procedure; what the metrics count."""
+    from synthkit.gradients import first_process
+
+    steps = {Images.SYNTHETIC.value: 0, Images.REAL.value: 0}
+    student = None
+    for stage in stages_of(settings, material):
+        if stage.images is Images.SYNTHETIC:
+            student = synthetic_student(settings, material, work)
+        else:
+            student = student or untrained_student(settings, material)
+            learn(student, stage, settings, material, work)
+        steps[stage.images.value] = _steps(stage, settings, material)
+    assert student is not None
+    if first_process():
+        student.save(work)
+    return {"n_synthetic": len(material.synthetic or ()), "n_real": len(material.photos or ()), **steps}
 
 
 def synthetic_student(settings: TrainSettings, material: Material, work: Path) -> Student:
-    """Bridged transfer, step 1: all layers on the synthetic images alone, with Mixup.
+    """The student after the stage of the synthetic images alone, which is the first of its procedure.
 
     The result is kept in `work/synthetic`, where an interrupted run finds it.
     """
+    from synthkit.gradients import first_process
     from synthkit.students import CONFIG, load_student
-    from synthkit.training import Examples, fit
 
-    if material.synthetic is None:
-        return untrained_student(settings, material)
     if (work / SYNTHETIC / CONFIG).exists():
         return load_student(work / SYNTHETIC)
     student = untrained_student(settings, material)
-    examples = Examples(material.synthetic, student.preprocessing)
-    fit_settings = _fit_settings(settings, synthetic_steps(settings, material), mixup=settings.mixup)
-    checkpoint = work / ".synthetic.safetensors"
-    fit(student, examples, fit_settings, label="train on synthetic", checkpoint=checkpoint)
-    student.save(work / SYNTHETIC)
-    checkpoint.unlink(missing_ok=True)
+    learn(student, PROCEDURES[settings.procedure].stages[0], settings, material, work)
+    if first_process():
+        student.save(work / SYNTHETIC)
     return student
+
+
+def learn(student: Student, stage: Stage, settings: TrainSettings, material: Material, work: Path) -> None:
+    """Run one stage on a student, in place.
+
+    Args:
+        student: what is trained.
+        stage: how.
+        settings: of the command.
+        material: what there is to learn from.
+        work: folder for the stage's checkpoint and curves.
+    """
+    from synthkit.auxiliary_norm import auxiliary_norms
+    from synthkit.gradients import first_process
+    from synthkit.training import fit
+
+    if stage.new_head:
+        student.new_head(settings.seed)
+    student.model.requires_grad_(True)
+    kept, look = _held_out(student, stage, settings, material)
+    kind = stage.images.name.lower()
+    checkpoint = work / f".{kind}.safetensors"
+    norms = auxiliary_norms(student.model, student.architecture) if stage.auxiliary_norm else nullcontext()
+    with norms:
+        fit(
+            student,
+            _lesson(student, stage, settings, kept),
+            _fit_settings(settings, _steps(stage, settings, material), stage),
+            label=f"train on {kind}",
+            checkpoint=checkpoint,
+            curves=(work / SYNTHETIC if stage.images is Images.SYNTHETIC else work) / CURVES,
+            held_out=look,
+        )
+    if first_process():
+        checkpoint.unlink(missing_ok=True)
+
+
+def _held_out(
+    student: Student, stage: Stage, settings: TrainSettings, material: Material
+) -> tuple[Material, Callable[[], float] | None]:
+    """What is left to learn from, and what looks at the photos held out of a stage that learns photos."""
+    from synthkit.training import Examples
+
+    photos, count = material.photos, settings.held_out
+    if not count or photos is None or stage.images is Images.SYNTHETIC:
+        return material, None
+    fewest, name = min((number, name) for name, number in photos.counts().items())
+    if fewest < 2 * count:
+        log.warning(
+            "train: no photos are held out and the last weights are kept, since %s has %d photos; "
+            "--held-out %d takes %d of each class",
+            *(name, fewest, count, 2 * count),
+        )
+        return material, None
+    positions = k_shot(photos, count, settings.seed)
+    others = np.setdiff1d(np.arange(len(photos)), positions)
+    examples = Examples(photos.subset(positions), student.preprocessing)
+    labels = examples.labels.numpy()
+
+    def look() -> float:
+        return top1(examples.logits(student, np.arange(len(examples))).argmax(1), labels)
+
+    return replace(material, photos=photos.subset(others)), look
+
+
+def _lesson(student: Student, stage: Stage, settings: TrainSettings, material: Material) -> Batches:
+    """What a stage draws its batches from."""
+    from synthkit.lessons import Blend
+    from synthkit.training import Examples
+
+    real, synthetic = (
+        Examples(images, student.preprocessing) if images and stage.images is not absent else None
+        for images, absent in ((material.photos, Images.SYNTHETIC), (material.synthetic, Images.REAL))
+    )
+    if real is None or synthetic is None:
+        lesson = real or synthetic
+        assert lesson is not None
+        return lesson
+    asked_for = None if stage.auxiliary_norm else settings.real_share  # its norms take halves
+    share = asked_for or stage.share or len(real) / (len(real) + len(synthetic))
+    return Blend(real, synthetic, share, settings.real_weight if stage.weighted else None)
 
 
 def untrained_student(settings: TrainSettings, material: Material) -> Student:
@@ -172,23 +337,36 @@ def synthetic_steps(settings: TrainSettings, material: Material) -> int:
     return settings.epochs * math.ceil(len(material.synthetic) / settings.batch_size)
 
 
-def real_stage(student: Student, photos: ImageSet, settings: TrainSettings) -> None:
-    """Bridged transfer++, step 2: a new head, then all layers on the real photos alone, without Mixup."""
-    from synthkit.training import Examples, fit
-
-    student.new_head(settings.seed)
-    student.model.requires_grad_(True)
-    examples = Examples(photos, student.preprocessing)
-    fit(student, examples, real_fit_settings(settings), label="train on real")
+def _steps(stage: Stage, settings: TrainSettings, material: Material) -> int:
+    """Gradient steps of a stage."""
+    if stage.whole:
+        return synthetic_steps(settings, material) + settings.real_steps
+    if stage.images is Images.SYNTHETIC:
+        return synthetic_steps(settings, material)
+    return settings.real_steps
 
 
 def real_fit_settings(settings: TrainSettings) -> FitSettings:
-    """How all layers learn the real photos."""
-    fitted = _fit_settings(settings, settings.real_steps)
-    return replace(fitted, batch_size=min(fitted.batch_size, _REAL_BATCH))
+    """How all layers learn the real photos after the synthetic images."""
+    return _fit_settings(settings, settings.real_steps, Stage(Images.REAL))
 
 
-def _fit_settings(settings: TrainSettings, steps: int, mixup: float = 0.0) -> FitSettings:
+def _fit_settings(settings: TrainSettings, steps: int, stage: Stage) -> FitSettings:
     from synthkit.training import FitSettings
 
-    return FitSettings(steps, settings.lr, settings.batch_size, mixup=mixup, seed=settings.seed)
+    real = stage.images is Images.REAL
+    return FitSettings(
+        steps,
+        settings.lr,
+        min(settings.batch_size, _REAL_BATCH) if real else settings.batch_size,
+        mixup=settings.mixup if stage.mixup else 0.0,
+        seed=settings.seed,
+        opt=settings.opt,
+        schedule=settings.schedule,
+        layer_decay=settings.layer_decay,
+        ema=settings.ema,
+        augment=settings.augment,
+        amp=settings.amp,
+        accumulate=settings.accumulate,
+        device=settings.device,
+    )

@@ -64,6 +64,17 @@ def test_batches_of_any_size_give_the_same_logits(student: Student) -> None:
     assert torch.allclose(student.logits(noise(), batch_size=4), student.logits(noise()), atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_efficientnet", "mobilenetv2_050"])
+def test_the_head_makes_the_logits_of_the_features(name: str) -> None:
+    student = lively_student(1, name=name)
+    size = student.model.pretrained_cfg["input_size"][1] if "vit" in name else 32
+    images = noise(5, size)
+    features = student.features(images, batch_size=2)
+    assert features.shape == (5, student.head.in_features) and features.dtype == np.float32
+    logits = student.head(torch.from_numpy(features))
+    assert torch.allclose(logits, student.logits(images), atol=1e-4)
+
+
 def test_a_clone_has_weights_of_its_own(student: Student) -> None:
     before = state(student)
     with torch.no_grad():
@@ -227,3 +238,13 @@ def test_a_new_head_on_pretrained_weights_favours_no_class(tmp_path: Path) -> No
     assert not student.logits(noise(2)).any()
     student.new_head(0)
     assert student.logits(noise(2)).any()
+
+
+@pytest.mark.parametrize("name", ["mobilenetv2_035", "resnet10t", "test_vit"])
+def test_a_new_head_is_of_the_scale_of_the_features(name: str) -> None:
+    """Only the head that timm creates a MobileNet with is large: the one that `new_head` makes is torch's."""
+    student = new_student(name, CLASSES)
+    student.new_head(0)
+    weight = student.head.weight.detach()
+    gain = float(weight.std()) * weight.shape[1] ** 0.5  # logits over features, both as standard deviations
+    assert gain == pytest.approx(3**-0.5, rel=0.1)

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 
 from synthkit import training
+from synthkit.augmentation import augment, mix
 from synthkit.images import ImageSet
 from synthkit.students import Student
-from synthkit.training import Examples, FitSettings, augment, fit, mix, one_cycle
+from synthkit.training import Examples, FitSettings, fit, one_cycle
 from tests.tiny_students import PREPROCESSING, colour_folders, lively_student
 
 COLOURS = ("blue", "green", "red")

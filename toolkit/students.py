@@ -13,12 +13,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from timm.models import group_parameters
 
+from synthkit.architectures import nearest_architecture
 from synthkit.artifacts import write_bytes, write_json
 from synthkit.errors import ConfigError, ModelError, nearest
 from synthkit.images import Preprocessing
@@ -86,11 +88,23 @@ class Student:
     def logits(self, images: Any, batch_size: int = 128) -> torch.Tensor:
         """Logits [N, classes] of uint8 images [N, H, W, 3], in eval mode."""
         self.model.eval()
+        device = next(self.model.parameters()).device
         found = [
-            self.model(self.normalise(to_unit_range(images[start : start + batch_size])))
+            self.model(self.normalise(to_unit_range(images[start : start + batch_size])).to(device))
             for start in range(0, len(images), batch_size)
         ]
-        return torch.cat(found)
+        return torch.cat(found).cpu()
+
+    @torch.no_grad()
+    def features(self, images: Any, batch_size: int = 128) -> np.ndarray:
+        """Pooled features before the head, float32 [N, D], of uint8 images [N, H, W, 3], in eval mode."""
+        self.model.eval()
+        network: Any = self.model
+        found = []
+        for start in range(0, len(images), batch_size):
+            pixels = self.normalise(to_unit_range(images[start : start + batch_size]))
+            found.append(network.forward_head(network.forward_features(pixels), pre_logits=True))
+        return np.asarray(torch.cat(found).flatten(1).float().numpy())
 
     def units(self) -> list[list[str]]:
         """Names of the parameters of each timm unit, from the stem to the head.
@@ -193,7 +207,10 @@ def check_architecture(name: str) -> None:
         ModelError: offers the nearest names.
     """
     if not timm.is_model(name):
-        raise ModelError(f"timm knows no student {name!r}{nearest(name, timm.list_models())}")
+        hint = nearest(name, timm.list_models())
+        if Path(name).is_dir():
+            hint = "; to start from the student in this folder give it with --weights"
+        raise ModelError(f"timm knows no student {name!r}{hint}")
 
 
 def _sized(name: str, model_args: Mapping[str, Any], image_size: int | None) -> dict[str, Any]:
@@ -241,7 +258,8 @@ def _load_body(model: torch.nn.Module, weights: Path, name: str) -> None:
     if missing or wrong:
         raise ModelError(
             f"{path} holds no weights of {name}: {len(missing)} tensors are missing and {len(wrong)} do not "
-            f"fit (for example {(missing + wrong)[0]}); name the architecture it belongs to with --student"
+            f"fit (for example {(missing + wrong)[0]}){nearest_architecture(state, path)}; name the "
+            "architecture that they belong to with --student"
         )
     model.load_state_dict(body, strict=False)
 

@@ -1,31 +1,42 @@
 """fit(): the one training loop, used by every stage that trains a student.
 
     uint8 images ──batch──► augment ──► Mixup ──► model ──► cross-entropy ──► AdamW, one-cycle schedule
+                                                              │
+          held-out photos choose the weights ◄── moving average ◄── curves.json, checkpoint
 
 Counted in gradient steps, not epochs, so that compared methods get the same number of them.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
 from tqdm import tqdm
 
+from synthkit.augmentation import DEFAULT, mix, random_views, smooth_targets
 from synthkit.checkpoints import load_checkpoint, save_checkpoint, step_generator
+from synthkit.curves import Curves
+from synthkit.errors import ConfigError
+from synthkit.gradients import Gradients, first_process
 from synthkit.images import ImageSet, Preprocessing
-from synthkit.students import Student, to_unit_range
+from synthkit.students import Student
 
 # Decoded sets below this many bytes stay in memory; larger ones are decoded batch by batch.
 _IN_MEMORY = 2 << 30
 _CHECKPOINT_EVERY = 200
+_LOOKS = 10  # at the held-out photos in a run
+_WARM_UP = 0.05  # share of the steps that raise the learning rate
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,14 @@ class FitSettings:
         frozen_statistics: BatchNorm and dropout in eval mode, as last-layer adaptation needs.
         seed: of order, augmentation and Mixup.
         stop: steps after which to stop on the schedule of all steps; None: all.
+        opt: timm's name of the optimiser.
+        schedule: "one-cycle" (see `one_cycle`), or timm's name of a schedule.
+        layer_decay: share of the learning rate that each unit gets of the next one's; 1: all the same.
+        ema: decay of the moving average of weights that is kept instead of the last ones; 0: off.
+        augment: see `random_views`.
+        amp: forward passes in bfloat16.
+        accumulate: parts of a batch that go through the model one after another.
+        device: "cpu", "cuda" or "auto".
     """
 
     steps: int
@@ -53,9 +72,17 @@ class FitSettings:
     frozen_statistics: bool = False
     seed: int = 0
     stop: int | None = None
+    opt: str = "adamw"
+    schedule: str = "one-cycle"
+    layer_decay: float = 1.0
+    ema: float = 0.0
+    augment: str = DEFAULT
+    amp: bool = False
+    accumulate: int = 1
+    device: str = "cpu"
 
 
-class Lesson(Protocol):
+class Batches(Protocol):
     """What `fit` draws its batches from."""
 
     def __len__(self) -> int:
@@ -65,7 +92,7 @@ class Lesson(Protocol):
     def batch(
         self, student: Student, picked: np.ndarray, step: int, settings: FitSettings
     ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-        """Inputs of the student's model and soft targets [B, classes].
+        """Inputs of the student's model and soft targets [B, classes], weighted where they do not sum to 1.
 
         Args:
             student: what is trained.
@@ -74,6 +101,10 @@ class Lesson(Protocol):
             settings: of `fit`.
         """
         ...
+
+
+class Lesson(Batches, Protocol):
+    """Images that can be dealt into folds and classified."""
 
     def subset(self, indices: np.ndarray) -> Lesson:
         """The images at the given positions."""
@@ -120,7 +151,7 @@ class Examples:
     ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         """Freshly augmented, normalised images [B, 3, H, W], and soft targets [B, classes]."""
         generator = step_generator(settings.seed, step)
-        images = student.normalise(augment(to_unit_range(self.pixels(picked)), generator))
+        images = student.normalise(random_views(self.pixels(picked), settings.augment, generator))
         targets = smooth_targets(self.labels[picked], len(student.classes), settings.smoothing)
         if settings.mixup:
             images, targets = mix(images, targets, settings.mixup, generator)
@@ -131,7 +162,7 @@ class Examples:
         return np.asarray(student.logits(self.pixels(indices)).numpy())
 
 
-def one_cycle(progress: float, warm_up: float = 0.05) -> float:
+def one_cycle(progress: float, warm_up: float = _WARM_UP) -> float:
     """Share of the peak learning rate: linear warm-up, then cosine decay to a hundredth.
 
     Args:
@@ -145,12 +176,14 @@ def one_cycle(progress: float, warm_up: float = 0.05) -> float:
 
 def fit(
     student: Student,
-    lesson: Lesson,
+    lesson: Batches,
     settings: FitSettings,
     *,
     label: str = "train",
     checkpoint: Path | None = None,
     watch: tuple[int, Callable[[int], None]] | None = None,
+    curves: Path | None = None,
+    held_out: Callable[[], float] | None = None,
 ) -> None:
     """Train the parameters of a student that require gradients, in place.
 
@@ -161,36 +194,151 @@ def fit(
         label: what the progress bar says.
         checkpoint: file that lets an interrupted run go on.
         watch: (n, call) calls with the number of steps done after every n steps, and before the first.
+        curves: file for losses, learning rates and looks at the held-out photos.
+        held_out: top-1 of the student, as it is when called, on photos that it does not learn from; the
+            weights are kept that did best, the last of equal ones.
+
+    Raises:
+        ConfigError: the loss or the weights stopped being finite, or the memory is too small.
     """
     if watch:
         watch[1](0)
-    parameters = [parameter for parameter in student.model.parameters() if parameter.requires_grad]
-    if not parameters:
+    if not any(parameter.requires_grad for parameter in student.model.parameters()):
         return
-    optimizer = create_optimizer_v2(
-        torch.nn.ParameterList(parameters), opt="adamw", lr=settings.lr, weight_decay=settings.weight_decay
-    )
-    modules = {"student": student.model}
-    start = load_checkpoint(checkpoint, modules, optimizer) if checkpoint else 0
+    run = _Run(student, settings, label, checkpoint, curves, held_out)
     order = _order(len(lesson), settings)
     stop = settings.steps if settings.stop is None else settings.stop
+    looks = max(1, stop // _LOOKS)
     for step in tqdm(range(stop), label, disable=None, leave=False):
         picked = next(order)
-        if step < start:
+        if step < run.start:
             continue
-        student.model.train(not settings.frozen_statistics)
-        inputs, targets = lesson.batch(student, picked, step, settings)
-        loss = F.cross_entropy(student.model(*inputs), targets)
-        for group in optimizer.param_groups:
-            group["lr"] = settings.lr * one_cycle(step / settings.steps)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if checkpoint and (step + 1) % _CHECKPOINT_EVERY == 0:
-            save_checkpoint(checkpoint, step + 1, modules, optimizer)
+        run.learn(step, *lesson.batch(student, picked, step, settings))
+        if (step + 1) % looks == 0 or step + 1 == stop:
+            run.look(step + 1)
+        if (step + 1) % _CHECKPOINT_EVERY == 0:
+            run.keep(step + 1)
         if watch and (step + 1) % watch[0] == 0:
-            watch[1](step + 1)
-    student.model.eval()
+            with run.averaged():
+                watch[1](step + 1)
+    run.finish(stop)
+
+
+class _Run:
+    """What a run of `fit` holds from one gradient step to the next; the arguments are those of `fit`."""
+
+    def __init__(
+        self,
+        student: Student,
+        settings: FitSettings,
+        label: str,
+        checkpoint: Path | None,
+        curves: Path | None,
+        held_out: Callable[[], float] | None,
+    ) -> None:
+        self._model, self._settings, self._label = student.model, settings, label
+        self._checkpoint, self._curves_file, self._held_out = checkpoint, curves, held_out
+        self._gradients = Gradients(student.model, settings.device, settings.amp, settings.accumulate)
+        self._optimizer = _optimizer(student.model, settings)
+        self._set_rates = _schedule(self._optimizer, settings)
+        self._modules = {"student": student.model}
+        self._ema = ModelEmaV3(student.model, settings.ema, use_warmup=True) if settings.ema else None
+        if self._ema:
+            self._modules["ema"] = self._ema.module
+        if held_out:
+            self._modules["best"] = copy.deepcopy(student.model)
+        self.start = load_checkpoint(checkpoint, self._modules, self._optimizer) if checkpoint else 0
+        self._kept = self.start
+        self._curves = Curves.resume(curves, self.start)
+
+    def learn(self, step: int, inputs: tuple[torch.Tensor, ...], targets: torch.Tensor) -> None:
+        """One gradient step."""
+        self._model.train(not self._settings.frozen_statistics)
+        self._set_rates(step)
+        loss = self._gradients.add(inputs, targets)
+        if not math.isfinite(loss):
+            raise self._diverged(step, f"the loss is {loss}")
+        self._optimizer.step()
+        if self._ema:
+            self._ema.update(self._model, step)
+        self._curves.add_step(loss, max(group["lr"] for group in self._optimizer.param_groups))
+
+    def look(self, steps: int) -> None:
+        """Classify the held-out photos, if any, and remember the weights that did best."""
+        if not self._held_out:
+            return
+        with self.averaged():
+            if self._curves.add_look(steps, self._held_out()):
+                self._modules["best"].load_state_dict(self._model.state_dict())
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The moving average of the weights in place of the last ones, where one is kept."""
+        if not self._ema:
+            yield
+            return
+        last = {key: value.clone() for key, value in self._model.state_dict().items()}
+        self._model.load_state_dict(self._ema.module.state_dict())
+        yield
+        self._model.load_state_dict(last)
+
+    def keep(self, steps: int) -> None:
+        """Write checkpoint and curves, where they are wanted."""
+        if not all(bool(torch.isfinite(one).all()) for one in self._model.parameters()):
+            raise self._diverged(steps - 1, "the weights are not finite any more")
+        if not first_process():
+            return
+        if self._checkpoint:
+            save_checkpoint(self._checkpoint, steps, self._modules, self._optimizer)
+            self._kept = steps
+        if self._curves_file:
+            self._curves.save(self._curves_file)
+
+    def finish(self, steps: int) -> None:
+        """Leave the chosen weights in the student, on the CPU and in eval mode."""
+        self.keep(steps)
+        chosen = self._modules.get("best", self._modules.get("ema", self._model))
+        self._model.load_state_dict(chosen.state_dict())
+        self._model.cpu().eval()
+
+    def _diverged(self, step: int, what: str) -> ConfigError:
+        rate, steps = self._settings.lr, self._settings.steps
+        kept = f"; the weights after step {self._kept} stay in {self._checkpoint}" if self._kept else ""
+        return ConfigError(
+            f"{self._label}: {what} at step {step + 1} of {steps} with a peak learning rate of {rate:g}; "
+            f"lower it, for example to {rate / 10:g}{kept}"
+        )
+
+
+def _optimizer(model: torch.nn.Module, settings: FitSettings) -> torch.optim.Optimizer:
+    """timm's optimiser of the parameters that require gradients."""
+    common = {"opt": settings.opt, "lr": settings.lr, "weight_decay": settings.weight_decay}
+    if settings.layer_decay == 1:
+        trained = torch.nn.ParameterList(one for one in model.parameters() if one.requires_grad)
+        return create_optimizer_v2(trained, **common)
+    return create_optimizer_v2(model, **common, layer_decay=settings.layer_decay)
+
+
+def _schedule(optimizer: torch.optim.Optimizer, settings: FitSettings) -> Callable[[int], None]:
+    """What sets the learning rates before a gradient step, from the number of those done."""
+    if settings.schedule != "one-cycle":
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            settings.schedule,
+            num_epochs=settings.steps,  # timm's epochs are gradient steps here
+            warmup_epochs=round(_WARM_UP * settings.steps),
+            warmup_lr=settings.lr / 100,
+            min_lr=settings.lr / 100,
+            decay_epochs=max(1, settings.steps // 3),
+        )
+        return cast(Callable[[int], None], scheduler.step)
+
+    def set_rates(step: int) -> None:
+        rate = settings.lr * one_cycle(step / settings.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group.get("lr_scale", 1.0)
+
+    return set_rates
 
 
 def _order(count: int, settings: FitSettings) -> Iterator[np.ndarray]:
@@ -202,53 +350,3 @@ def _order(count: int, settings: FitSettings) -> Iterator[np.ndarray]:
             queue = np.concatenate([queue, rng.permutation(count)])
         yield queue[: settings.batch_size]
         queue = queue[settings.batch_size :]
-
-
-def smooth_targets(labels: torch.Tensor, classes: int, smoothing: float) -> torch.Tensor:
-    """Soft targets float32 [N, classes] of class indices [N], with label smoothing."""
-    return F.one_hot(labels, classes).float() * (1 - smoothing) + smoothing / classes
-
-
-def mix(
-    images: torch.Tensor, targets: torch.Tensor, alpha: float, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mixup: each image and its target fade into another's of the batch, all by the same share.
-
-    timm's own draws from NumPy's global state and takes even batches only.
-
-    Args:
-        images: float32 [B, 3, H, W].
-        targets: soft targets [B, classes].
-        alpha: of the Beta(alpha, alpha) that the share is drawn from.
-        generator: source of the randomness.
-    """
-    seed = int(torch.randint(1 << 62, (), generator=generator))
-    share = float(np.random.default_rng(seed).beta(alpha, alpha))
-    return images.lerp(images.flip(0), 1 - share), targets.lerp(targets.flip(0), 1 - share)
-
-
-def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Random geometry and light, each image its own, on the whole batch at once.
-
-    No mirroring: digits, letters and arrows change their meaning.
-
-    Args:
-        images: float32 [N, 3, H, W] in 0..1.
-        generator: source of the randomness.
-    """
-    count = len(images)
-
-    def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
-        return low + (high - low) * torch.rand((count, *shape), generator=generator)
-
-    angle, shear = uniform(-0.2, 0.2), uniform(-0.15, 0.15)
-    scale = torch.exp(uniform(-0.22, 0.22, 2))
-    rotation = torch.stack([angle.cos(), -angle.sin() + shear, angle.sin(), angle.cos()], 1).view(-1, 2, 2)
-    theta = torch.cat([rotation * scale[:, None, :], uniform(-0.15, 0.15, 2, 1)], 2)
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    images = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
-    grey = images.mean((1, 2, 3), keepdim=True)
-    images = (images - grey) * uniform(0.6, 1.4, 1, 1, 1) + grey + uniform(-0.15, 0.15, 1, 1, 1)
-    images = images * uniform(0.85, 1.15, 3, 1, 1)
-    noise = torch.randn(images.shape, generator=generator) * uniform(0.0, 0.06, 1, 1, 1)
-    return (images + noise).clamp(0, 1)

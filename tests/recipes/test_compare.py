@@ -24,12 +24,17 @@ from synthkit.recipes.methods import ADAPTED, BRIDGED, FEW_SHOT, PLAIN, SYNTHETI
 from tests.tiny_students import colour_folders
 
 COLOURS = ("blue", "green", "red")
-COMPARED = (FEW_SHOT, PLAIN, SYNTHETIC_ONLY, BRIDGED, ADAPTED)  # in the order of the table
-QUICK = (
-    "--per-class 2 --style-steps 2 --init-word the --generate-steps 1 --epochs 1 --adapt-steps 2 "
-    "--real-steps 2 --train-batch-size 6 --style-batch-size 4 --student test_resnet "
-    "--shots 1,2 --seeds 1 --seed 3 --methods adapted,bridged++,few-shot,plain,synthetic"
-).split()
+TRAINED = ("mixed", "mixed-half", "joint", "mixed-auxbn", "bridged")
+COMPARED = (  # in the order of the table
+    *(FEW_SHOT, "vanilla", "vanilla-mixup", PLAIN, SYNTHETIC_ONLY),
+    *(*TRAINED, BRIDGED, "last-1", "last-4", ADAPTED),
+)
+QUICK = [
+    *"--per-class 2 --style-steps 2 --init-word the --generate-steps 1 --epochs 1 --adapt-steps 2".split(),
+    *"--real-steps 2 --train-batch-size 6 --style-batch-size 4 --student test_resnet".split(),
+    *"--shots 1,2 --seeds 1 --seed 3 --procedure vanilla --methods".split(),
+    ",".join(reversed(COMPARED)),
+]
 
 
 def call(workspace: Path, *words: str | Path) -> Any:
@@ -82,6 +87,30 @@ def test_all_methods_saw_the_draw_and_nothing_else(compared: tuple[Path, dict[st
         assert (plain["n_synthetic"], plain["n_real"]) == (bridged["n_synthetic"], 0)
 
 
+def test_procedures_take_the_bridge_s_steps_on_the_same_images(
+    compared: tuple[Path, dict[str, Any]],
+) -> None:
+    place = compared[0] / "2-shot-3"
+    made = {
+        path.name: json.loads((path / "manifest.json").read_text("utf-8"))
+        for path in place.glob("procedures/*")
+    }
+    bridged = json.loads((place / "student" / "manifest.json").read_text("utf-8"))
+    assert bridged["metrics"]["synthetic_steps"] > 0, (
+        "the chain's own procedure is bridged++ whatever is asked"
+    )
+    total = bridged["metrics"]["synthetic_steps"] + bridged["metrics"]["real_steps"]
+    for folder in ("vanilla-mixup", "mixed", "mixed-real_share=0.5", "joint", "mixed-auxbn", "bridged"):
+        metrics = made[folder]["metrics"]
+        assert made[folder]["inputs"] == bridged["inputs"], "the same photos and synthetic images"
+        assert sum(value for key, value in metrics.items() if key.endswith("_steps")) == total, folder
+    assert made["vanilla"]["metrics"]["real_steps"] == bridged["metrics"]["real_steps"]
+    for count in (1, 4):
+        adapted = json.loads((place / f"last-{count}" / "manifest.json").read_text("utf-8"))
+        assert adapted["metrics"]["path"] == f"last-{count}"
+        assert adapted["inputs"]["photos"] == bridged["inputs"]["photos"]
+
+
 def test_what_was_measured_is_not_measured_again(
     compared: tuple[Path, dict[str, Any]], folders: Path, tiny_model: Path
 ) -> None:
@@ -114,8 +143,10 @@ def test_rows_are_means_and_sample_deviations_over_the_seeds() -> None:
         "top1_interval": None,
         "seeds": 1,
     }
-    assert table[5]["top1_mean"] == 0.75 and table[5]["top1_std"] == pytest.approx(0.5**0.5 / 2, abs=1e-4)
-    low, high = table[5]["top1_interval"]  # t of one degree of freedom is 12.706
+    assert table[len(COMPARED)]["top1_mean"] == 0.75 and table[len(COMPARED)]["top1_std"] == pytest.approx(
+        0.5**0.5 / 2, abs=1e-4
+    )
+    low, high = table[len(COMPARED)]["top1_interval"]  # t of one degree of freedom is 12.706
     assert (low + high) / 2 == pytest.approx(0.75) and high - low == pytest.approx(12.706 * 0.5, abs=1e-2)
 
 

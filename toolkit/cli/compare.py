@@ -40,7 +40,9 @@ def _method_names(_context: click.Context, _option: click.Parameter, text: str) 
     callback=_method_names,
     default="few-shot,synthetic,bridged++,adapted",
     show_default=True,
-    help="What to compare; also synthetic images of other prompts: plain, control, clustered, half-plain.",
+    help="What to compare; also the procedures vanilla, vanilla-mixup, mixed, mixed-half, joint, mixed-auxbn "
+    "and bridged, the last units alone (last-1, last-2, last-4), synthetic images of other prompts: plain, "
+    "control, clustered, half-plain.",
 )
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Cells at a time.")
 @click.option(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,15 @@ def command(
 ) -> options.Output:
     """Train a student on the synthetic images, then, with a new head, on the real ones.
 
+    --procedure names other ways, which take the same images and, but for vanilla, as many gradient steps; a
+    recipe for each is in recipes/configs. Losses and learning rates are kept in curves.json.
+
     \b
     Example: synthkit train --real-dir ./few_shots --student resnet18 --epochs 30
+    Example: synthkit train --real-dir ./few_shots --procedure joint
     """
     from synthkit.artifacts import stage_state, workspace_lock
+    from synthkit.gradients import first_process
     from synthkit.images import ImageSet
     from synthkit.recipes.train import Material, train, train_request
 
@@ -55,13 +61,14 @@ def command(
     if dry_run:
         state = stage_state(train_request(settings, material, target))
         return options.Output({"stage": "train", "state": state}, f"train: {state}")
-    with workspace_lock(workspace):
+    with workspace_lock(workspace) if first_process() else nullcontext():
         result = train(settings, material, target, force)
     metrics = result.manifest.metrics
     text = (
-        f"{settings.student} in {target}: "
+        f"{settings.student} in {target}, {settings.procedure}: "
         f"{metrics['synthetic_steps']} steps on {metrics['n_synthetic']} synthetic, "
         f"{metrics['real_steps']} on {metrics['n_real']} real images"
+        + (f", {metrics['mixed_steps']} on both" if "mixed_steps" in metrics else "")
     )
     data = {"out": target, "skipped": result.skipped, **metrics}
     return options.Output(data, f"{text} (unchanged, skipped)" if result.skipped else text)
