@@ -35,6 +35,7 @@ from PIL import Image, ImageDraw
 from synthkit import standalone
 from synthkit.engines.bundle import Bundle
 from synthkit.errors import EngineError
+from synthkit.one_line import OneLineErrors
 from synthkit.recipes.bench_bundle import resident_bytes
 from synthkit.recipes.serve_request import Limits
 
@@ -310,7 +311,7 @@ def _verdict(seen: Seen, requests: int, clients: int, seconds: float, exit_code:
     }
 
 
-@click.command()
+@click.command(cls=OneLineErrors)
 @click.option("--bundle", type=click.Path(path_type=Path, exists=True), required=True)
 @click.option("--requests", type=click.IntRange(min=100), default=10_000, show_default=True)
 @click.option("--clients", type=click.IntRange(min=1), default=16, show_default=True)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from synthkit.artifacts import write_bytes
 from synthkit.images import ImageSet, check_disjoint
+from synthkit.one_line import OneLineErrors
 
 
 def write_digits(folder: Path, shots: int, seed: int) -> tuple[ImageSet, ImageSet]:
@@ -49,7 +50,7 @@ def _write_png(path: Path, pixels: np.ndarray) -> None:
     write_bytes(path, buffer.getvalue())
 
 
-@click.command(help=__doc__)
+@click.command(cls=OneLineErrors, help=__doc__)
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--shots", type=click.IntRange(1, 100), default=16, show_default=True, help="Photos per class.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Which photos these are.")

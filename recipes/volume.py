@@ -21,6 +21,7 @@ import numpy as np
 from synthkit import metrics
 from synthkit.artifacts import versions, write_json
 from synthkit.images import ImageSet, check_disjoint, k_shot
+from synthkit.one_line import OneLineErrors
 from synthkit.recipes.chain import ChainSettings
 from synthkit.recipes.compare import Cell, cell_draw
 from synthkit.recipes.generate import generate
@@ -107,7 +108,7 @@ def plot(table: Sequence[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-@click.command(help=__doc__)
+@click.command(cls=OneLineErrors, help=__doc__)
 @click.argument("workspace", type=click.Path(path_type=Path))
 @click.option("--real-dir", type=click.Path(path_type=Path), required=True, help="Photos to draw from.")
 @click.option("--test-dir", type=click.Path(path_type=Path), required=True, help="Real test images.")

@@ -104,13 +104,15 @@ def test_force_redoes(tmp_path: Path) -> None:
     assert (tmp_path / "out/deep/dish.txt").read_text() == "new"
 
 
-@pytest.mark.parametrize("harm", ["remove", "grow", "add", "manifest"])
+@pytest.mark.parametrize("harm", ["remove", "grow", "edit", "add", "manifest"])
 def test_tampering_is_noticed(tmp_path: Path, harm: str) -> None:
     out = run(tmp_path / "out", cooked()).out
     if harm == "remove":
         (out / "deep/dish.txt").unlink()
     elif harm == "manifest":
         (out / MANIFEST).write_text('{"key": ')
+    elif harm == "edit":
+        (out / "deep/dish.txt").write_text("stew")  # as long as "soup"
     else:
         (out / "deep" / ("dish.txt" if harm == "grow" else "more.txt")).write_text("stew and bread")
     assert stage_state(request(out)) == (

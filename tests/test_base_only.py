@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from synthkit.cli import COMMANDS, EXTRAS
+from synthkit.cli import COMMANDS
+from synthkit.one_line import EXTRAS
 from tests.house import NEEDS_TRAIN, link_tree, may_need_train, modules
 
 BASE = ["click", "numpy", "pillow", "tqdm", *(["tomli"] if sys.version_info < (3, 11) else [])]

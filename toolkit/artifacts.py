@@ -31,6 +31,7 @@ from synthkit.errors import WorkspaceError
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+_TEXT = {".json", ".jsonl", ".toml", ".txt"}
 _KEY_FILE = ".key.json"  # lies in a partial folder and says which inputs it was begun with
 _REPORTED = (
     "numpy pillow torch torchvision timm diffusers transformers optimum-onnx onnx "
@@ -153,9 +154,18 @@ def _files(folder: Path) -> list[Path]:
 
 
 def is_intact(folder: Path, manifest: Manifest) -> bool:
-    """Whether the folder holds just the files of its manifest, by name and size."""
-    present = {str(path.relative_to(folder)): path.stat().st_size for path in _files(folder)}
-    return present == {name: entry["bytes"] for name, entry in manifest.outputs.items()}
+    """Whether the folder holds just the files of its manifest: by name and size, and text by its content too.
+
+    Text is what people edit; reading all images and weights again would take longer than it is worth.
+    """
+    present = {str(path.relative_to(folder)): path for path in _files(folder)}
+    if present.keys() != manifest.outputs.keys():
+        return False
+    return all(
+        path.stat().st_size == manifest.outputs[name]["bytes"]
+        and (path.suffix not in _TEXT or file_sha256(path) == manifest.outputs[name]["sha256"])
+        for name, path in present.items()
+    )
 
 
 def read_manifest(folder: Path) -> Manifest | None:

@@ -20,6 +20,7 @@ from diffusers import AutoencoderKL
 
 from synthkit.config import override, setting
 from synthkit.diffusion import encode_images
+from synthkit.one_line import OneLineErrors
 from synthkit.recipes.glyphs32.autoencoder import train_autoencoder
 from synthkit.recipes.glyphs32.card import write_model
 from synthkit.recipes.glyphs32.dataset import SHARD, render_dataset
@@ -62,7 +63,7 @@ def _latents(vae: AutoencoderKL, images: np.ndarray, path: Path) -> torch.Tensor
     return torch.from_numpy(np.load(path))
 
 
-@click.command(help=__doc__.splitlines()[0] if __doc__ else None)
+@click.command(cls=OneLineErrors, help=__doc__.splitlines()[0] if __doc__ else None)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The model's folder.")
 @click.option("--images", type=int, help=f"{GlyphSettings.images} when not given.")
 @click.option("--vae-steps", type=int, help=f"{GlyphSettings.vae_steps} when not given.")

@@ -15,9 +15,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from synthkit import cli
-from synthkit.cli import COMMANDS, EXTRAS, main, options
+from synthkit.cli import COMMANDS, main, options
 from synthkit.config import setting
 from synthkit.errors import DataError
+from synthkit.one_line import EXTRAS
 
 Install = Callable[[Callable[..., Any]], None]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import importlib
 import logging
 import os
@@ -14,7 +13,8 @@ from typing import Any
 import click
 
 import synthkit
-from synthkit.errors import ConfigError, MissingExtra, SynthkitError, nearest
+from synthkit.errors import ConfigError, nearest
+from synthkit.one_line import OneLineErrors
 
 COMMANDS = {
     "build-engines": "Turn a diffusion model into engines (once per device).",
@@ -29,25 +29,15 @@ COMMANDS = {
     "bench": "Measure a bundle's or engines' speed and memory.",
     "serve": "Answer HTTP requests with a bundle.",
     "compare": "Table of methods, shots and seeds on one data set.",
+    "probe": "Where the synthetic-to-real gap sits, unit by unit.",
+    "gap": "Tell how synthetic images differ from real photos.",
+    "report": "Write everything of a workspace as one HTML page.",
     "doctor": "Tell what this machine can really run.",
     "demo": "Run the whole chain on embedded real data.",
 }
 
-#: Importable module -> the extra of synthkit that brings it.
-EXTRAS = {
-    "onnxruntime": "cpu",
-    "tensorrt": "tensorrt",
-    "ray": "ray",
-    **dict.fromkeys("starlette uvicorn python_multipart prometheus_client".split(), "serve"),
-    **dict.fromkeys(
-        "torch torchvision timm diffusers transformers tokenizers huggingface_hub optimum onnx onnxscript "
-        "safetensors accelerate sklearn scipy jinja2 matplotlib".split(),
-        "train",
-    ),
-}
 
-
-class LazyGroup(click.Group):
+class LazyGroup(OneLineErrors, click.Group):
     """A group that knows its commands by name and imports the file of the one that is asked for."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -73,50 +63,6 @@ class LazyGroup(click.Group):
         """The table of the commands, so that --help imports none of them."""
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run, and turn what a user can mend into one line and exit code 1."""
-        try:
-            return super().invoke(ctx)
-        except SynthkitError as error:
-            text = str(error)
-        except ModuleNotFoundError as error:
-            text = _missing_extra(error)
-        except OSError as error:
-            text = _disk_problem(error)
-        click.echo(f"error: {' '.join(text.split())}", err=True)
-        raise SystemExit(1)
-
-
-def _missing_extra(error: ModuleNotFoundError) -> str:
-    """One line for a package that an extra brings; any other absent module is a bug."""
-    module = (error.name or "").partition(".")[0]
-    if module not in EXTRAS:
-        raise error
-    return str(MissingExtra(module, EXTRAS[module]))
-
-
-_USER_FIXABLE = {
-    errno.ENOSPC: "free some space or name another folder with --workspace",
-    errno.EDQUOT: "free some space or name another folder with --workspace",
-    errno.EROFS: "name a folder that can be written with --workspace",
-    errno.EACCES: "change its permissions or name another folder",
-    errno.EPERM: "change its permissions or name another folder",
-    errno.ENOTDIR: "a file stands where a folder is needed: name another folder",
-    errno.ENAMETOOLONG: "name a folder with a shorter path",
-    errno.EIO: "the disk or its connection has a fault: check it, or name another folder",
-}
-
-
-def _disk_problem(error: OSError) -> str:
-    """One line for what a user can mend; any other OSError is a bug and keeps its traceback."""
-    if error.errno not in _USER_FIXABLE:
-        raise error
-    where = f" {error.filename}" if error.filename else ""
-    return (
-        f"cannot write or read{where}: {error.strerror}; {_USER_FIXABLE[error.errno]}; "
-        "what was already written is kept, and the same command goes on from it"
-    )
 
 
 @click.group(
