@@ -103,8 +103,14 @@ def _start(student_dir: Path | None, training: TrainSettings, photos: ImageSet) 
             f"{', '.join(photos.classes)}; train a student on these classes"
         )
     manifest = read_manifest(student_dir)
-    learned = synthetic.is_dir() and manifest is not None and manifest.inputs.get("photos") == photos.digest
-    return Start(student, True, load_student(student_dir) if learned else None)
+    learned = manifest is not None and manifest.inputs.get("photos") == photos.digest
+    if learned and not synthetic.is_dir():
+        log.warning(
+            "adapt: %s has learned these very photos, so cross-validation favours leaving it unchanged; "
+            "name the path with --layers, or adapt the student of --procedure synthetic",
+            student_dir,
+        )
+    return Start(student, True, load_student(student_dir) if learned and synthetic.is_dir() else None)
 
 
 def _student(site: Site, choice: Choice) -> Student:

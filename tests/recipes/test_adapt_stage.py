@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -212,6 +213,16 @@ def test_one_photo_of_a_class_leaves_nothing_to_hold_out(
 def test_no_steps_on_real_photos_is_a_choice_too(good: Student, photos: ImageSet) -> None:
     examples, start = Examples(photos, good.preprocessing), Start(good, True, None)
     assert choose_path(Site(start, examples, SETTINGS, replace(TRAINING, real_steps=0))).path.name != "full"
+
+
+def test_a_student_that_learned_the_photos_is_no_fair_judge_of_them(
+    trained: Path, photos: ImageSet, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(trained, photos, tmp_path / "fair", path="last-1")
+    assert "has learned these very photos" not in caplog.text
+    biased = shutil.copytree(trained, tmp_path / "student", ignore=shutil.ignore_patterns("synthetic"))
+    run(biased, photos, tmp_path / "biased", path="last-1")
+    assert f"{biased} has learned these very photos" in caplog.text
 
 
 def test_an_unchanged_stage_is_skipped(trained: Path, photos: ImageSet, tmp_path: Path) -> None:
