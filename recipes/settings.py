@@ -80,7 +80,7 @@ class GenerateSettings:
     init: Literal["noise", "real"] = setting("noise", "what an image starts from; real: a photo of its class")
     strength: float = setting(0.75, "of --init real: 1 leaves nothing of the photo, 0 all of it", minimum=0)
     batch_size: int = setting(100, "images per batch", minimum=1)
-    ray: str | None = setting(None, "draw on a Ray cluster: its address, or local; see --ray-workers")
+    ray: str | None = setting(None, "draw on a Ray cluster: its address, or local; chosen: in this process")
     ray_workers: int | None = setting(
         None, "Ray: processes that draw; chosen: one per GPU or node", minimum=1
     )
