@@ -22,7 +22,7 @@ from synthkit import style
 from synthkit.artifacts import workspace_lock
 from synthkit.cli import main
 from synthkit.errors import WorkspaceError
-from synthkit.recipes import generate
+from synthkit.recipes import drawing
 from tests.tiny_students import colour_folders
 
 COLOURS = ("blue", "green", "red")
@@ -236,7 +236,7 @@ def test_a_full_disk_loses_nothing(
 ) -> None:
     words = ["generate", "--real-dir", photos, "--per-class", "4", "--steps", "2", "--batch-size", "4"]
     written: list[str] = []
-    real = generate.write_bytes
+    real = drawing.write_bytes
 
     def full_after_six(path: Path, content: bytes) -> None:
         if len(written) == 6:
@@ -245,7 +245,7 @@ def test_a_full_disk_loses_nothing(
         real(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(generate, "write_bytes", full_after_six)
+        patch.setattr(drawing, "write_bytes", full_after_six)
         code, out, text = call(workspace, *words)
     assert (code, out) == (1, "") and text.count("\n") == 1
     assert "No space left on device" in text and "free some space" in text

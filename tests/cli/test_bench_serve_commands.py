@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import types
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,10 +67,9 @@ def test_bench_hands_its_options_over(workspace: Path, monkeypatch: pytest.Monke
 
 
 def test_bench_engines_calls_its_recipe(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = types.ModuleType("bench_engines")
-    recipe.bench_engines = lambda *given, **named: {"given": given, "named": named}  # type: ignore[attr-defined]
-    recipe.as_text = lambda measured: "a table"  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "synthkit.recipes.bench_engines", recipe)
+    recipe = "synthkit.recipes.bench_engines"
+    monkeypatch.setattr(f"{recipe}.bench_engines", lambda *given, **named: {"given": given, "named": named})
+    monkeypatch.setattr(f"{recipe}.as_text", lambda measured: "a table")
     result = call(workspace, "bench", "--engines", "e", "--steps", "4", "--batch", "2", "--json")
     assert json.loads(result.stdout) == {"given": ["e"], "named": {"batch": 2, "steps": 4}}
     assert call(workspace, "bench", "--engines", "e").stdout == "a table\n"

@@ -172,7 +172,7 @@ def test_a_method_is_paired_with_the_photos_alone_by_draw() -> None:
     ("words", "code", "text"),
     [
         (["--shots", "1,x"], 2, "'1,x' must be numbers with commas"),
-        (["--methods", "bridged"], 2, "no method 'bridged'; did you mean bridged++"),
+        (["--methods", "adaptd"], 2, "no method 'adaptd'; did you mean adapted"),
         (["--shots", "9"], 1, "9 images per class were asked for, but blue has 3"),
     ],
 )

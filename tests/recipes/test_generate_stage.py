@@ -111,6 +111,9 @@ class _Refusing:
     def describe(self) -> dict[str, Any]:
         return {"thresholds": {}}
 
+    def near_photos(self, images: Sequence[tuple[Path, str]]) -> int:
+        return len(images)
+
 
 def test_what_filters_reject_is_drawn_again_or_left_out(
     tiny_engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

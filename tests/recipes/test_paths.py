@@ -105,7 +105,7 @@ def test_class_means_come_from_the_photos_that_are_learned(
         lambda _student, _head, lesson, _labels: seen.append(len(lesson)),
     )
     choose_path(site(photos, knows_classes=False, head="means"))
-    assert seen == [6] * 3 * len(LAST), "three folds of three photos each"
+    assert seen == [6] * 3 * len([*LAST, FULL]), "three folds of three photos each"
 
 
 def test_class_means_need_a_linear_head(photos: ImageSet) -> None:
