@@ -7,6 +7,7 @@ PACKAGES = {
     "synthkit.cli": "toolkit/cli",
     "synthkit.models": "toolkit/models",
     "synthkit.engines": "engines",
+    "synthkit.engines.tensorrt": "engines/tensorrt",
     "synthkit.calibration": "calibration",
     "synthkit.recipes": "recipes",
     "synthkit.recipes.glyphs32": "recipes/glyphs32",

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from synthkit.engines.build_plan import BuildOptions, BuildPlan, decide_plan, planned_specs
 from synthkit.engines.export import component_precisions, export_pipeline
 from synthkit.engines.parity import component_parity
-from synthkit.engines.plan_cache import (
+from synthkit.engines.spec import BatchRange, read_geometry
+from synthkit.engines.tensorrt.api import probe_tensorrt, tensorrt_version
+from synthkit.engines.tensorrt.build_plan import BuildOptions, BuildPlan, decide_plan, planned_specs
+from synthkit.engines.tensorrt.plan_cache import (
     Machine,
     network_digest,
     plan_key,
@@ -22,11 +24,9 @@ from synthkit.engines.plan_cache import (
     this_machine,
     write_plan,
 )
-from synthkit.engines.plan_worker import PlanJob, make_plan, make_plan_in_child
-from synthkit.engines.precision_proof import graph_weights, main_precision
-from synthkit.engines.spec import BatchRange, read_geometry
-from synthkit.engines.tensorrt_api import probe_tensorrt, tensorrt_version
-from synthkit.engines.timing_cache import timing_cache_path
+from synthkit.engines.tensorrt.plan_worker import PlanJob, make_plan, make_plan_in_child
+from synthkit.engines.tensorrt.precision_proof import graph_weights, main_precision
+from synthkit.engines.tensorrt.timing_cache import timing_cache_path
 from synthkit.errors import EngineError
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from synthkit.engines.session import OrtSession, Session, open_session
-from synthkit.engines.tensorrt_session import TensorRtSession
+from synthkit.engines.tensorrt.session import TensorRtSession
 
 Step = Callable[[Any, float], Any]
 """(float32 latents [n, channels, side, side], timestep) -> the guided output, float32 of that shape."""

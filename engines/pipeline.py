@@ -23,7 +23,7 @@ import numpy as np
 from synthkit.engines.denoiser import Denoiser, open_decoder, open_denoiser, run_typed
 from synthkit.engines.session import Session, existing_engine, open_session, settled_provider, usable_threads
 from synthkit.engines.spec import Geometry, read_geometry
-from synthkit.engines.tensorrt_session import has_plans, open_plan
+from synthkit.engines.tensorrt.session import has_plans, open_plan
 from synthkit.engines.texts import (
     TextEmbeddings,
     embed,

@@ -213,7 +213,7 @@ def _rows(
 
 def _tolerance(path: Path, guidance: float) -> float:
     """Parity's, as guidance enlarges it: (1 - g) a + g b is off by up to (2g - 1) times what a and b are."""
-    from synthkit.engines.precision_proof import graph_weights, main_precision
+    from synthkit.engines.tensorrt.precision_proof import graph_weights, main_precision
 
     return TOLERANCE[main_precision(graph_weights(path))] * max(1.0, 2 * guidance - 1)
 

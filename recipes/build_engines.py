@@ -19,7 +19,10 @@ from synthkit.engines.build import (
     choose_backend,
     tensorrt_machine,
 )
-from synthkit.engines.build_plan import (
+from synthkit.engines.export import component_precisions
+from synthkit.engines.spec import parse_batch, read_geometry
+from synthkit.engines.tensorrt.api import tensorrt_version
+from synthkit.engines.tensorrt.build_plan import (
     BuildOptions,
     BuildPlan,
     decide_plan,
@@ -28,9 +31,6 @@ from synthkit.engines.build_plan import (
     planned_specs,
     trtexec_line,
 )
-from synthkit.engines.export import component_precisions
-from synthkit.engines.spec import parse_batch, read_geometry
-from synthkit.engines.tensorrt_api import tensorrt_version
 from synthkit.errors import EngineError, ModelError
 from synthkit.models import model_fingerprint, resolve_model, weights_fingerprint
 from synthkit.recipes.settings import EngineSettings

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from synthkit.engines.plan_cache import Machine
+from synthkit.engines.tensorrt.plan_cache import Machine
 
 STREAM = 7
 """The handle of the stand-in's CUDA stream; 0 would be the default stream."""
@@ -68,7 +68,7 @@ def cuda_stand_ins() -> dict[str, Any]:
     return {
         "torch.empty": empty,  # libraries that ask for CUDA's presence must not find it: exports run as ever
         "synthkit.engines.build.this_machine": stand_in_machine,
-        "synthkit.engines.tensorrt_session.this_machine": stand_in_machine,
+        "synthkit.engines.tensorrt.session.this_machine": stand_in_machine,
         "torch.cuda.Stream": lambda: stream,
         "torch.cuda.current_stream": lambda: SimpleNamespace(cuda_stream=0, wait_stream=lambda other: None),
         "torch.cuda.stream": lambda stream: contextlib.nullcontext(),

@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from synthkit.engines import tensorrt_build, timing_cache
-from synthkit.engines.build_plan import BuildOptions, decide_plan
 from synthkit.engines.spec import BatchRange, EngineSpec
-from synthkit.engines.tensorrt_api import TensorRt, probe_tensorrt
-from synthkit.engines.tensorrt_build import build_engine
-from synthkit.engines.tensorrt_session import deserialize
+from synthkit.engines.tensorrt import build as tensorrt_build
+from synthkit.engines.tensorrt import timing_cache
+from synthkit.engines.tensorrt.api import TensorRt, probe_tensorrt
+from synthkit.engines.tensorrt.build import build_engine
+from synthkit.engines.tensorrt.build_plan import BuildOptions, decide_plan
+from synthkit.engines.tensorrt.session import deserialize
 from synthkit.errors import EngineError
 from synthkit.tensors import TensorSpec
 from tests.cuda_stand_ins import apply, cuda_stand_ins

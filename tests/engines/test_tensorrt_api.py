@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from synthkit.engines import tensorrt_api
 from synthkit.engines.build import choose_backend
-from synthkit.engines.tensorrt_api import TensorRt, probe_tensorrt, tensorrt_version
+from synthkit.engines.tensorrt import api as tensorrt_api
+from synthkit.engines.tensorrt.api import TensorRt, probe_tensorrt, tensorrt_version
 from synthkit.errors import EngineError, MissingExtra
 from tests.tensorrt_behaviour import install
 from tests.tensorrt_fakes import NULLPTR
@@ -95,7 +95,8 @@ def test_tensorrt_without_a_gpu_for_torch(monkeypatch: pytest.MonkeyPatch) -> No
     install(monkeypatch, "10")
     monkeypatch.undo()
     fakes = install(monkeypatch, "10")
-    from synthkit.engines import build, plan_cache
+    from synthkit.engines import build
+    from synthkit.engines.tensorrt import plan_cache
 
     monkeypatch.setattr(build, "this_machine", plan_cache.this_machine)
     backend, reason = choose_backend("auto")

@@ -15,14 +15,14 @@ from typing import Any
 
 import pytest
 
-from synthkit.engines import tensorrt_api
-from synthkit.engines.build_plan import PLANNED, BuildOptions, BuildPlan, decide_plan, planned_specs
-from synthkit.engines.plan_cache import read_plan, read_sidecar
-from synthkit.engines.plan_worker import PlanJob, make_plan, make_plan_in_child
-from synthkit.engines.precision_proof import graph_weights, main_precision, prove_precision
 from synthkit.engines.spec import BatchRange, read_geometry
-from synthkit.engines.tensorrt_api import TensorRt
-from synthkit.engines.tensorrt_build import build_engine
+from synthkit.engines.tensorrt import api as tensorrt_api
+from synthkit.engines.tensorrt.api import TensorRt
+from synthkit.engines.tensorrt.build import build_engine
+from synthkit.engines.tensorrt.build_plan import PLANNED, BuildOptions, BuildPlan, decide_plan, planned_specs
+from synthkit.engines.tensorrt.plan_cache import read_plan, read_sidecar
+from synthkit.engines.tensorrt.plan_worker import PlanJob, make_plan, make_plan_in_child
+from synthkit.engines.tensorrt.precision_proof import graph_weights, main_precision, prove_precision
 from synthkit.errors import EngineError, ParityError
 from tests.cuda_stand_ins import stand_in_machine
 from tests.tensorrt_behaviour import MAGIC, TIMINGS, install
@@ -217,7 +217,7 @@ def test_an_engine_that_is_fp32_inside_is_not_kept(
 def test_an_engine_that_computes_something_else_is_not_kept(
     half_engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from synthkit.engines.tensorrt_session import TensorRtSession
+    from synthkit.engines.tensorrt.session import TensorRtSession
 
     install(monkeypatch, "10")
     job, run = job_for(half_engines, tmp_path), TensorRtSession.run
@@ -291,7 +291,7 @@ def test_timings_are_kept_and_merged(
     make_plan(job)
     assert job.timings.read_bytes() == TIMINGS + b"from-before vae_decoder"
     save = tensorrt_save_with(job.timings, TIMINGS + b"from-another-run")
-    monkeypatch.setattr("synthkit.engines.tensorrt_build.save_timings", save)
+    monkeypatch.setattr("synthkit.engines.tensorrt.build.save_timings", save)
     make_plan(job_for(half_engines, tmp_path, component="vae_encoder"))
     assert set(job.timings.read_bytes().removeprefix(TIMINGS).split()) == {
         b"from-before",
@@ -304,7 +304,7 @@ def test_timings_are_kept_and_merged(
 
 def tensorrt_save_with(path: Path, meanwhile: bytes) -> Any:
     """`save_timings` after another build has written the file."""
-    from synthkit.engines.timing_cache import save_timings
+    from synthkit.engines.tensorrt.timing_cache import save_timings
 
     def save(config: Any, where: Path) -> None:
         path.write_bytes(meanwhile)

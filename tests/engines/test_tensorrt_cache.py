@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 from synthkit.artifacts import digest
-from synthkit.engines.build_plan import BuildOptions, BuildPlan, decide_plan
-from synthkit.engines.plan_cache import (
+from synthkit.engines.spec import BatchRange
+from synthkit.engines.tensorrt.build_plan import BuildOptions, BuildPlan, decide_plan
+from synthkit.engines.tensorrt.plan_cache import (
     Machine,
     fitting_plan,
     misfit,
@@ -29,8 +30,7 @@ from synthkit.engines.plan_cache import (
     this_machine,
     write_plan,
 )
-from synthkit.engines.spec import BatchRange
-from synthkit.engines.timing_cache import timing_cache_path
+from synthkit.engines.tensorrt.timing_cache import timing_cache_path
 from synthkit.errors import EngineError
 from tests.engines.test_tensorrt_plan import BATCH, UNET
 

@@ -11,7 +11,8 @@ import pytest
 from click.testing import CliRunner
 
 from synthkit.cli import main
-from synthkit.engines.build_plan import (
+from synthkit.engines.spec import BatchRange, EngineSpec, read_geometry
+from synthkit.engines.tensorrt.build_plan import (
     BuildOptions,
     Profile,
     decide_plan,
@@ -21,7 +22,6 @@ from synthkit.engines.build_plan import (
     release,
     trtexec_line,
 )
-from synthkit.engines.spec import BatchRange, EngineSpec, read_geometry
 from synthkit.errors import EngineError
 from synthkit.tensors import TensorSpec
 from tests.tensorrt_fakes import API

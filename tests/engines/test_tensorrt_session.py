@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 
 from synthkit.artifacts import write_bytes
-from synthkit.engines import tensorrt_session
-from synthkit.engines.build_plan import BuildOptions, decide_plan, planned_specs
-from synthkit.engines.plan_cache import find_plans
-from synthkit.engines.plan_worker import PlanJob, make_plan
 from synthkit.engines.session import open_session
 from synthkit.engines.spec import BatchRange, read_geometry
-from synthkit.engines.tensorrt_api import TensorRt
-from synthkit.engines.tensorrt_session import TensorRtSession, deserialize, has_plans, open_plan
+from synthkit.engines.tensorrt import session as tensorrt_session
+from synthkit.engines.tensorrt.api import TensorRt
+from synthkit.engines.tensorrt.build_plan import BuildOptions, decide_plan, planned_specs
+from synthkit.engines.tensorrt.plan_cache import find_plans
+from synthkit.engines.tensorrt.plan_worker import PlanJob, make_plan
+from synthkit.engines.tensorrt.session import TensorRtSession, deserialize, has_plans, open_plan
 from synthkit.errors import EngineError
 from tests.cuda_stand_ins import stand_in_machine
 from tests.tensorrt_behaviour import install

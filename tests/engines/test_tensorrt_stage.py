@@ -15,9 +15,9 @@ from click.testing import CliRunner
 import synthkit
 from synthkit.cli import main
 from synthkit.engines import build
-from synthkit.engines.build_plan import PLANNED
-from synthkit.engines.plan_cache import find_plans, read_sidecar
-from synthkit.engines.tensorrt_session import open_plan
+from synthkit.engines.tensorrt.build_plan import PLANNED
+from synthkit.engines.tensorrt.plan_cache import find_plans, read_sidecar
+from synthkit.engines.tensorrt.session import open_plan
 from synthkit.errors import ConfigError, EngineError
 from synthkit.recipes import build_engines as recipe
 from synthkit.recipes.build_engines import build_engines, build_engines_request, engine_list, preview_plans

@@ -68,7 +68,9 @@ def test_adapt_answers_as_the_path_that_it_chose(table: dict[str, Any]) -> None:
             str(cell["steps"]): cell["on_the_way"][taken][str(cell["steps"])]
         }
         judged = [one["path"] for one in cell["cross_validation"]]
-        assert judged == ([] if cell["shots"] == 1 else [*map("last-{}".format, (1, 2, 4)), "full", "last-1 means"])
+        assert judged == (
+            [] if cell["shots"] == 1 else [*map("last-{}".format, (1, 2, 4)), "full", "last-1 means"]
+        )
 
 
 def test_cells_are_kept(folders: Path, table: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,13 +162,13 @@ def tensorrt_check() -> Check:
     """Whether TensorRT imports and makes a runtime."""
     if importlib.util.find_spec("tensorrt") is None:
         return Check("tensorrt", "missing", "not installed", "not needed; engines then run in ONNX Runtime")
-    reply = ask("synthkit.engines.tensorrt_api:probe_tensorrt")
+    reply = ask("synthkit.engines.tensorrt.api:probe_tensorrt")
     reason = reply.error or reply.data  # the probe answers why it does not work, or nothing
     if reason:
         advice = "check TensorRT against the driver; until then engines run in ONNX Runtime"
         return Check("tensorrt", "warn", f"installed but does not work: {reason}", advice)
     # A Jetson has it as a system package, of which pip knows nothing.
-    version = installed("tensorrt") or ask("synthkit.engines.tensorrt_api:tensorrt_version").data
+    version = installed("tensorrt") or ask("synthkit.engines.tensorrt.api:tensorrt_version").data
     return Check("tensorrt", "ok", f"{version}: a runtime starts")
 
 

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from synthkit.engines.build_plan import BuildPlan
 from synthkit.engines.onnx_gate import weight_census
+from synthkit.engines.tensorrt.build_plan import BuildPlan
 from synthkit.errors import EngineError, MissingExtra
 
 _LARGE = 8 * 2**20  # weights from which on the plan's size tells; a smaller plan is mostly kernels

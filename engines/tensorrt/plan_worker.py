@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from synthkit.engines.build_plan import BuildPlan, Profile
-from synthkit.engines.plan_cache import Machine, network_digest, plan_key, write_plan
-from synthkit.engines.precision_proof import graph_weights, prove_precision
 from synthkit.engines.session import Session, open_session
-from synthkit.engines.tensorrt_api import TensorRt
-from synthkit.engines.tensorrt_build import build_engine
-from synthkit.engines.tensorrt_session import deserialize
+from synthkit.engines.tensorrt.api import TensorRt
+from synthkit.engines.tensorrt.build import build_engine
+from synthkit.engines.tensorrt.build_plan import BuildPlan, Profile
+from synthkit.engines.tensorrt.plan_cache import Machine, network_digest, plan_key, write_plan
+from synthkit.engines.tensorrt.precision_proof import graph_weights, prove_precision
+from synthkit.engines.tensorrt.session import deserialize
 from synthkit.errors import EngineError, ParityError, SynthkitError
 from synthkit.tensors import TensorSpec
 
@@ -125,7 +125,7 @@ def make_plan_in_child(job: PlanJob) -> Path:
     Raises:
         EngineError: as `make_plan`, or the process was ended from outside.
     """
-    line = [sys.executable, "-m", "synthkit.engines.plan_worker"]
+    line = [sys.executable, "-m", "synthkit.engines.tensorrt.plan_worker"]
     text = json.dumps(asdict(job), default=str)
     done = subprocess.run(line, input=text, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode < 0:

@@ -1,7 +1,7 @@
 """What TensorRT is to be told when it builds one network, decided without TensorRT.
 
 A `BuildPlan` is plain frozen data: names of flags, never their numbers, which move between versions. It is
-hashed into the cache key, printed by `--dry-run`, and walked by `synthkit.engines.tensorrt_build`.
+hashed into the cache key, printed by `--dry-run`, and walked by `synthkit.engines.tensorrt.build`.
 
 How an engine comes to compute in half precision, by version:
 

@@ -1,7 +1,7 @@
 """Running a TensorRT plan: torch's buffers, a stream of its own, and one CUDA graph per shape.
 
 The plan is compared with this machine and read to the last byte before TensorRT sees it. Every call that may
-answer None or False is checked. Not yet run on a GPU, see `tensorrt_api`.
+answer None or False is checked. Not yet run on a GPU, see `api`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from synthkit.engines.plan_cache import find_plans, fitting_plan, read_plan, read_sidecar, this_machine
-from synthkit.engines.tensorrt_api import TensorRt
+from synthkit.engines.tensorrt.api import TensorRt
+from synthkit.engines.tensorrt.plan_cache import (
+    find_plans,
+    fitting_plan,
+    read_plan,
+    read_sidecar,
+    this_machine,
+)
 from synthkit.errors import EngineError
 from synthkit.tensors import TensorSpec
 

@@ -1,7 +1,7 @@
 """From a `BuildPlan` and an ONNX file to the bytes of an engine: the walk through TensorRT's builder.
 
-Everything that can be decided without TensorRT was decided before, in `synthkit.engines.build_plan`. Names
-and order of the calls: TensorRT's Python API from 8.5 to 11.4. Not yet run on a GPU, see `tensorrt_api`.
+Everything that can be decided without TensorRT was decided before, in `build_plan`. Names and order of the
+calls: TensorRT's Python API from 8.5 to 11.4. Not yet run on a GPU, see `api`.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from synthkit.engines.build_plan import BuildPlan
-from synthkit.engines.tensorrt_api import Progress, TensorRt, progress_monitor
-from synthkit.engines.timing_cache import load_timings, save_timings
+from synthkit.engines.tensorrt.api import Progress, TensorRt, progress_monitor
+from synthkit.engines.tensorrt.build_plan import BuildPlan
+from synthkit.engines.tensorrt.timing_cache import load_timings, save_timings
 from synthkit.errors import EngineError
 
 

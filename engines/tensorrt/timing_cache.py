@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from synthkit.artifacts import write_bytes
-from synthkit.engines.plan_cache import Machine
+from synthkit.engines.tensorrt.plan_cache import Machine
 
 log = logging.getLogger(__name__)
 

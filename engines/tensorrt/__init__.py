@@ -1,0 +1,1 @@
+"""TensorRT: plans decided, built, proved, kept and run."""
