@@ -1,11 +1,15 @@
 """The last layer refitted to a few photos: logistic regression with the present head as its prior.
 
-    minimise  sum_i CE(y_i, W x_i + b)  +  strength / 2 * (s^2 ||W - W0||^2 + ||b - b0||^2)
+    minimise  sum_i w_i CE(y_i, W x_i + b)  +  strength / 2 * (s^2 ||W - W0||^2 + ||b - b0||^2)
 
-x are the features that enter the head, s is their root mean square norm, W0 and b0 are the present head. A
-large strength keeps the head as it is, a small one believes the photos alone; photos that were held out
-choose. The row of a new class starts at the mean of its photos (weight imprinting, Qi et al. 2018, arXiv
-1712.07136).
+x are the features that enter the head, s is their root mean square norm, W0 and b0 are the present head, the
+weights w (1 in the mean) let every class count as much as another. A large strength keeps the head as it is,
+a small one believes the photos alone; photos that were held out choose. The row of a new class starts at the
+mean of its photos (weight imprinting, Qi et al. 2018, arXiv 1712.07136).
+
+The present head has learnt the remembered photos of the old classes, and is surer of them than of any other
+photo: beside them a new class would be seen far too often. So its bias is lowered until the class recognises
+its own held-out photos no more often than heads from nothing recognise held-out remembered ones.
 
 The difference from the prior lies in the span of the features, so that the problem has as many unknowns per
 class as there are photos, whatever the width of the network. NumPy in float64: the same photos in the same
@@ -56,6 +60,10 @@ class LinearHead:
         """The head whose logits are those of this one divided by a temperature."""
         return LinearHead(self.weight / temperature, self.bias / temperature)
 
+    def restrained(self, restraint: np.ndarray) -> LinearHead:
+        """The head whose logits are lowered by one number for each class [classes]."""
+        return LinearHead(self.weight, self.bias - restraint)
+
 
 @dataclass(frozen=True)
 class Examples:
@@ -92,12 +100,15 @@ class Choice:
         rows: positions of those that were held out, once each, in the photos followed by the memory.
         logits: of these, each from a head that has not been fitted to it, float64 [rows, classes].
         folds: how many heads that took; 0: none could be held out and the strength is the default.
+        restraint: what the logit of every class is to be lowered by, above 0 for new classes only; the logits
+            above are lowered already. Float64 [classes].
     """
 
     strength: float
     rows: np.ndarray
     logits: np.ndarray
     folds: int
+    restraint: np.ndarray
 
 
 def fit_head(
@@ -120,7 +131,9 @@ def choose_strength(head: LinearHead, photos: Examples, memory: Examples, classe
 
     The likelihood is taken at its own best temperature, because the temperature is fitted anyway: what counts
     is how well the classes are told apart. Of the memory, the classes that the photos lack are judged as
-    well, or a new class would be chosen to be seen everywhere; the rest of it is learnt in every fold.
+    well, or a new class would be chosen to be seen everywhere; the rest of it is learnt in every fold. Beside
+    a new class such a memory would always vote for the present head, which has learnt it: the strength is
+    then the default, and the new class is restrained.
 
     Args:
         head: the present head.
@@ -128,20 +141,54 @@ def choose_strength(head: LinearHead, photos: Examples, memory: Examples, classe
         memory: examples of earlier photos.
         classes: classes of the result.
     """
-    everything = photos.and_also(memory)
-    rows = _can_be_held_out(photos.labels, everything.labels, len(head.bias))
+    known, everything = len(head.bias), photos.and_also(memory)
+    rows = _can_be_held_out(photos.labels, everything.labels, known)
     if len(rows) < 2:
-        return Choice(DEFAULT_STRENGTH, rows[:0], np.empty((0, classes)), 0)
+        return Choice(DEFAULT_STRENGTH, rows[:0], np.empty((0, classes)), 0, np.zeros(classes))
+    partial = classes > known and bool((rows >= len(photos)).any())
+    strengths = (DEFAULT_STRENGTH,) if partial else STRENGTHS
+    found, folds = _held_out(head, everything, rows, classes, strengths)
+    labels = everything.labels[rows]
+    best = int(np.argmin([_loss_at_best_temperature(logits, labels) for logits in found]))  # the strongest
+    restraint = _restraint(found[best], labels, known, memory) if partial else np.zeros(classes)
+    return Choice(strengths[best], rows, found[best] - restraint, folds, restraint)
+
+
+def _held_out(
+    head: LinearHead, examples: Examples, rows: np.ndarray, classes: int, strengths: Sequence[float]
+) -> tuple[np.ndarray, int]:
+    """Logits [strengths, rows, classes] from heads that were not fitted to the row, and how many folds."""
     folds = len(rows) if len(rows) <= _LEAVE_ONE_OUT else _FOLDS
-    found = np.empty((len(STRENGTHS), len(rows), classes))
+    found = np.empty((len(strengths), len(rows), classes))
     for fold in range(folds):
         judged = np.arange(fold, len(rows), folds)
-        learnt = everything.at(np.setdiff1d(np.arange(len(everything)), rows[judged]))
-        for place, fitted in enumerate(_fit_all(head, learnt, classes, STRENGTHS)):
-            found[place, judged] = fitted.logits(everything.features[rows[judged]])
-    losses = [_loss_at_best_temperature(logits, everything.labels[rows]) for logits in found]
-    best = int(np.argmin(losses))  # the strongest of equal ones
-    return Choice(STRENGTHS[best], rows, found[best], folds)
+        learnt = examples.at(np.setdiff1d(np.arange(len(examples)), rows[judged]))
+        for place, fitted in enumerate(_fit_all(head, learnt, classes, strengths)):
+            found[place, judged] = fitted.logits(examples.features[rows[judged]])
+    return found, folds
+
+
+def _restraint(logits: np.ndarray, labels: np.ndarray, known: int, memory: Examples) -> np.ndarray:
+    """How far each new class is lowered, so that it is recognised no more often than the old ones [classes].
+
+    Args:
+        logits: of held-out examples [N, classes].
+        labels: of these.
+        known: classes of the present head.
+        memory: examples of the old classes.
+    """
+    restraint = np.zeros(logits.shape[1])
+    again = _can_be_held_out(memory.labels, memory.labels, 0)
+    if len(again) < 2:
+        return restraint
+    nothing = LinearHead(np.zeros((known, memory.features.shape[1])), np.zeros(known))
+    (found,), _ = _held_out(nothing, memory, again, known, (DEFAULT_STRENGTH,))
+    recognised = np.mean(found.argmax(axis=1) == memory.labels[again])
+    for label in np.unique(labels[labels >= known]):
+        own = logits[labels == label]
+        lead = own[:, label] - np.delete(own, label, axis=1).max(axis=1)
+        restraint[label] = max(float(np.quantile(lead, 1 - recognised)), 0.0)
+    return restraint
 
 
 def _can_be_held_out(photos: np.ndarray, labels: np.ndarray, known: int) -> np.ndarray:
@@ -167,17 +214,26 @@ def _fit_all(
     prior = _with_new_classes(head, examples, classes)
     features = examples.features.astype(np.float64)
     scale = max(float(np.sqrt((features**2).sum(axis=1).mean())), 1e-12)
-    sizes, vectors = np.linalg.eigh(features @ features.T / scale**2 + 1)  # + 1: the bias
+    roots = np.sqrt(_balanced(examples.labels))[:, None]
+    sizes, vectors = np.linalg.eigh(roots * (features @ features.T / scale**2 + 1) * roots.T)  # + 1: the bias
     spanned = sizes > _SPANNED * sizes[-1]
     sizes, vectors = sizes[spanned], vectors[:, spanned]
     problem = _Problem(
-        vectors * np.sqrt(sizes), sizes, prior.logits(features), np.eye(classes)[examples.labels]
+        vectors * np.sqrt(sizes), sizes, roots, prior.logits(features), np.eye(classes)[examples.labels]
     )
     change = np.zeros((len(sizes), classes))
     for strength in strengths:
         change = problem.solve(strength, change)
-        shares = vectors / np.sqrt(sizes) @ change  # [N, classes]: of each example in each class's row
+        shares = roots * (
+            vectors / np.sqrt(sizes) @ change
+        )  # [N, classes]: of each example in each class's row
         yield LinearHead(prior.weight + shares.T @ features / scale**2, prior.bias + shares.sum(axis=0))
+
+
+def _balanced(labels: np.ndarray) -> np.ndarray:
+    """A weight for each example, 1 in the mean, so that every class that is shown has the same in sum [N]."""
+    counts = np.bincount(labels)
+    return np.asarray(len(labels) / np.count_nonzero(counts) / counts[labels])
 
 
 @dataclass(frozen=True)
@@ -185,14 +241,17 @@ class _Problem:
     """Logistic regression in the coordinates of the examples' span.
 
     Attributes:
-        coordinates: of every example, [N, rank]; coordinates.T @ coordinates is diagonal.
+        coordinates: of every example times the root of its weight, [N, rank]; coordinates.T @ coordinates is
+            diagonal.
         sizes: that diagonal, [rank].
+        roots: of the examples' weights [N, 1].
         base: logits of the prior [N, classes].
         targets: one row of probabilities per example [N, classes].
     """
 
     coordinates: np.ndarray
     sizes: np.ndarray
+    roots: np.ndarray
     base: np.ndarray
     targets: np.ndarray
 
@@ -206,8 +265,8 @@ class _Problem:
         step = 1 / (0.5 * self.sizes + strength)[:, None]
         ahead, momentum = change, 1.0
         for _ in range(_MOST_STEPS):
-            error = softmax(self.base + self.coordinates @ ahead) - self.targets
-            gradient = self.coordinates.T @ error + strength * ahead
+            error = softmax(self.base + self.coordinates @ ahead / self.roots) - self.targets
+            gradient = self.coordinates.T @ (self.roots * error) + strength * ahead
             new = ahead - step * gradient
             if np.vdot(gradient, new - change) > 0:
                 momentum = 1.0

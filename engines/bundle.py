@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -29,6 +30,7 @@ import synthkit
 from synthkit import standalone
 from synthkit.artifacts import MANIFEST, digest, list_outputs, write_bytes, write_json
 from synthkit.engines.build_script import write_build_script
+from synthkit.engines.bundle_memory import memory_failures
 from synthkit.engines.onnx_header import read_metadata, read_opset
 from synthkit.engines.session import Session, open_session
 from synthkit.errors import BadImages, BundleError, EngineError
@@ -259,10 +261,25 @@ def verify(folder: Path) -> list[str]:
     try:
         facts = read_facts(folder)
         return _file_failures(folder, facts) or [
-            failure for name in facts["precisions"] for failure in _precision_failures(folder, facts, name)
+            *_confidence_failures(folder),
+            *memory_failures(folder, facts["precisions"], int(facts["output"]["shape"][1])),
+            *(
+                failure
+                for name in facts["precisions"]
+                for failure in _precision_failures(folder, facts, name)
+            ),
         ]
     except BundleError as error:
         return [str(error)]
+
+
+def _confidence_failures(folder: Path) -> list[str]:
+    try:
+        limits = standalone.read_confidence(folder)
+        sound = all(0 <= (limits.get(name) or 0) <= 1 for name in ("threshold", "set_minimum"))
+    except (ValueError, TypeError):
+        sound = False
+    return [] if sound else [f"{standalone.CONFIDENCE} holds no probabilities"]
 
 
 def _precision_failures(folder: Path, facts: Mapping[str, Any], precision: str) -> list[str]:
@@ -313,14 +330,17 @@ def _file_failures(folder: Path, facts: Mapping[str, Any]) -> list[str]:
 
 def _load(folder: Path, facts: Mapping[str, Any], precision: str) -> Bundle:
     labels = tuple(standalone.read_labels(folder))
-    config = json.loads((folder / "preprocess.json").read_text(encoding="utf-8"))
+    try:
+        preprocessing = Preprocessing.from_timm(json.loads((folder / "preprocess.json").read_text("utf-8")))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise BundleError(f"preprocess.json is not usable: {error!r}") from None
     stated = facts["precisions"][precision]
     path = folder / stated["file"]
     try:
         session = open_session(path, exact_int8=stated["target"] == "tensorrt")
     except EngineError as error:
         raise BundleError(f"{path} cannot be loaded: {error}") from None
-    return Bundle(folder, labels, Preprocessing.from_timm(config), facts, precision, session)
+    return Bundle(folder, labels, preprocessing, facts, precision, session)
 
 
 def _model_failures(bundle: Bundle) -> list[str]:
@@ -345,25 +365,31 @@ def _opset_failures(bundle: Bundle) -> list[str]:
 
 
 def _metadata_failures(bundle: Bundle) -> list[str]:
-    """The same names stand in the model, for tools that read nothing else of the bundle."""
+    """The same facts stand in the model, for tools that read nothing else of the bundle."""
     file = bundle.facts["precisions"][bundle.precision]["file"]
-    text = read_metadata(bundle.folder / file).get("names")
-    agree = text is None or list(json.loads(text).values()) == list(bundle.labels)
-    return [] if agree else [f"labels.txt names other classes than the metadata of {file}"]
+    texts = read_metadata(bundle.folder / file)
+    names, preprocessing = (json.loads(texts.get(key, "null")) for key in ("names", "preprocess"))
+    stated = json.loads((bundle.folder / "preprocess.json").read_text("utf-8"))
+    failures = []
+    if names is not None and list(names.values()) != list(bundle.labels):
+        failures.append(f"labels.txt names other classes than the metadata of {file}")
+    if preprocessing is not None and preprocessing != stated:
+        failures.append(f"preprocess.json differs from the metadata of {file}")
+    return failures
 
 
 def _golden_failures(bundle: Bundle) -> list[str]:
     stated = bundle.facts["precisions"][bundle.precision]
-    with np.load(bundle.folder / "golden.npz") as golden:
-        key = _golden_key(bundle.precision)
-        if key not in golden:
-            return [f"golden.npz has no {key} for {stated['file']}"]
-        expected, logits = golden[key], bundle.logits(golden["inputs"])
+    try:
+        with np.load(bundle.folder / "golden.npz") as golden:
+            expected, inputs = golden[_golden_key(bundle.precision)], golden["inputs"]
+    except (ValueError, OSError, KeyError, BadZipFile):
+        return [f"golden.npz holds no readable inputs and outputs for {stated['file']}"]
     allowed = stated["golden_tolerance"]["relative"] * np.abs(expected).max()
-    error = np.abs(logits - expected).max()
-    within = bool(error <= allowed)  # false for NaN too
-    text = f"{stated['file']} differs from golden.npz by {error:.2g}, allowed are {allowed:.2g}"
-    return [] if within else [text]
+    error = np.abs(bundle.logits(inputs) - expected).max()
+    if error <= allowed:  # false for NaN too
+        return []
+    return [f"{stated['file']} differs from golden.npz by {error:.2g}, allowed are {allowed:.2g}"]
 
 
 def _golden_key(precision: str) -> str:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -73,6 +75,30 @@ def read_memory(folder: Path, widths: Mapping[str, int]) -> Memory:
     with np.load(folder / MEMORY) as stored:
         features = {name: stored[f"features_{name}"].astype(np.float32) for name in widths}
         return Memory(stored["labels"], stored["sha256"], features)
+
+
+def memory_failures(folder: Path, precisions: Mapping[str, Mapping[str, Any]], classes: int) -> list[str]:
+    """What is wrong with a bundle's memory; empty where it is usable, and where there is none.
+
+    Args:
+        folder: a bundle.
+        precisions: what bundle.json says of each; those whose head is on record have features.
+        classes: of the bundle.
+    """
+    if not (folder / MEMORY).is_file():
+        return []
+    try:
+        with np.load(folder / MEMORY) as stored:
+            labels, sha256 = stored["labels"], stored["sha256"]
+            features = [stored[f"features_{name}"] for name, one in precisions.items() if one["head"]]
+    except (ValueError, OSError, KeyError, EOFError, BadZipFile):
+        return [f"{MEMORY} holds no readable features"]
+    sound = labels.dtype.kind == "i" and sha256.shape == labels.shape == (len(labels),)
+    sound = sound and bool(np.all((labels >= 0) & (labels < classes)))
+    for values in features:
+        shaped = values.ndim == 2 and len(values) == len(labels) and values.dtype.kind == "f"
+        sound = sound and shaped and bool(np.isfinite(values).all())
+    return [] if sound else [f"{MEMORY} does not fit the bundle's {classes} classes and its models"]
 
 
 def write_memory(folder: Path, memory: Memory) -> None:

@@ -20,6 +20,7 @@ from synthkit.engines.bundle import INPUT
 from synthkit.engines.session import open_session
 
 _LAYERS = ("Conv", "Gemm", "MatMul")
+_ACTIVATIONS = ("Clip", "Relu")  # an 8-bit layer takes them in: its output has their range
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Form:
         between: operators without weights that compute in 8 bits too.
         reduce_range: weights of 7 bits. Processors without VNNI add pairs of products in 16 bits, which
             overflow with weights of 8.
+        guarded: float layers are shielded from ONNX Runtime, see `_guard`.
         options: of ONNX Runtime's quantiser.
     """
 
@@ -38,6 +40,7 @@ class Form:
     weights: str = "QInt8"
     between: tuple[str, ...] = ()
     reduce_range: bool = False
+    guarded: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -46,6 +49,7 @@ FORMS = {
         activations="QUInt8",
         between=("Add", "AveragePool", "Clip", "Concat", "GlobalAveragePool", "MaxPool", "Mul", "Relu"),
         reduce_range=True,
+        guarded=True,
     ),
     "tensorrt": Form(
         activations="QInt8",
@@ -87,6 +91,7 @@ def to_int8(
     form: Form,
     head: Mapping[str, str] | None,
     keep_float: Collection[str] = (),
+    only: Collection[str] = (),
 ) -> onnx.ModelProto:
     """The model with Q/DQ nodes.
 
@@ -96,6 +101,7 @@ def to_int8(
         form: what the target wants.
         head: names of the head's tensors; it stays in float.
         keep_float: names of layers that stay in float.
+        only: names of the only layers that leave float; empty: all that can.
     """
     from onnxruntime.quantization import CalibrationMethod, QuantType
     from onnxruntime.quantization.calibrate import TensorsData
@@ -105,7 +111,8 @@ def to_int8(
     limits = {name: (np.float32(low), np.float32(high)) for name, (low, high) in ranges.items()}
     last = onnx_graph.head_node(model, head)
     prepared = onnx.shape_inference.infer_shapes(model)  # the quantiser looks types up; this also copies
-    kept = {node.name for node in onnx_graph.normalisation(prepared, INPUT)} | set(keep_float)
+    kept = {node.name for node in onnx_graph.normalisation(prepared, INPUT)}
+    kept |= _with_activations(prepared, keep_float)
     kept |= {last.name} if last is not None else set()
     quantizer = QDQQuantizer(
         prepared,
@@ -114,19 +121,42 @@ def to_int8(
         QuantType[form.weights],
         QuantType[form.activations],
         TensorsData(CalibrationMethod.MinMax, limits),
-        [],
+        sorted(_with_activations(prepared, only)),
         sorted(kept),
         [*_LAYERS, *form.between],
         {**_COMMON, **form.options},
     )
     quantizer.quantize_model()
+    if form.guarded:
+        _guard(quantizer.model.model, keep_float)
     OnnxModel.graph_topological_sort(quantizer.model.model.graph)  # the quantiser appends
     quantized: onnx.ModelProto = quantizer.model.model
     return quantized
 
 
+def _guard(model: onnx.ModelProto, names: Collection[str]) -> None:
+    """Put an operator without effect between an 8-bit value and a float layer.
+
+    ONNX Runtime gives a float layer between 8-bit ones weights of 8 bits with a single scale, which ruins
+    depthwise convolutions. It does so where DequantizeLinear is right before the layer, and it removes
+    Identity; it knows nothing of a Max of one value.
+    """
+    dequantized = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    for node in [one for one in model.graph.node if one.name in names and one.input[0] in dequantized]:
+        shielded = f"{node.name}_shielded"
+        model.graph.node.append(onnx.helper.make_node("Max", [node.input[0]], [shielded], shielded))
+        node.input[0] = shielded
+
+
+def _with_activations(model: onnx.ModelProto, names: Collection[str]) -> set[str]:
+    """Layers and what clips their outputs: 8 bits between the two would mostly count clipped values."""
+    made = {name for node in model.graph.node if node.name in names for name in node.output}
+    after = {n.name for n in model.graph.node if n.op_type in _ACTIVATIONS and n.input[0] in made}
+    return {*names, *after}
+
+
 def correct_biases(
-    model: onnx.ModelProto, quantized: onnx.ModelProto, channel_means: Mapping[str, np.ndarray]
+    model: onnx.ModelProto, rounded: Mapping[str, np.ndarray], channel_means: Mapping[str, np.ndarray]
 ) -> onnx.ModelProto:
     """The model with the mean error that rounding its weights causes taken out of its biases.
 
@@ -135,13 +165,12 @@ def correct_biases(
 
     Args:
         model: in fp32.
-        quantized: the same with Q/DQ nodes, whose weights tell how they were rounded.
+        rounded: name of a convolution that leaves float -> its weights as they come back from 8 bits.
         channel_means: tensor name -> mean of each channel.
     """
     corrected = onnx.ModelProto()
     corrected.CopyFrom(model)
     tensors = onnx_graph.weights(corrected)
-    rounded = _rounded_weights(quantized)
     for node in corrected.graph.node:
         if node.name in rounded and len(node.input) == 3 and node.input[2] in tensors:
             weight, bias = (numpy_helper.to_array(tensors[name]) for name in node.input[1:])
@@ -151,7 +180,7 @@ def correct_biases(
     return corrected
 
 
-def _rounded_weights(quantized: onnx.ModelProto) -> dict[str, np.ndarray]:
+def rounded_weights(quantized: onnx.ModelProto) -> dict[str, np.ndarray]:
     """Name of a quantised convolution -> its weights as they come back from 8 bits."""
     made = {name for node in quantized.graph.node for name in node.output}
     convolutions = [n for n in quantized.graph.node if n.op_type == "Conv" and n.input[1] in made]

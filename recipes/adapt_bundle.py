@@ -134,7 +134,7 @@ def _refit(site: Site, verdict: Verdict, target: Target, test: ImageSet | None) 
     heads: dict[str, LinearHead] = {}
     for name, head in site.heads.items():
         fitted = fit_head(head, *site.examples(name), len(site.labels), verdict.choice.strength)
-        heads[name] = fitted.divided(confidence.temperature)
+        heads[name] = fitted.restrained(verdict.choice.restraint).divided(confidence.temperature)
     return Refit(heads, verdict, confidence, measure_heads(site, heads, test) if test else {})
 
 

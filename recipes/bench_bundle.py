@@ -1,13 +1,14 @@
 """How fast a bundle answers, how soon after its process starts, and how much memory and disk it takes.
 
 Every precision and thread count is timed against the bare `InferenceSession.run` of the very same session,
-call by call in turn, and against the torch student where its folder is given. Images are noise that is
-decoded beforehand: a network takes as long for one image as for another. Timing and cold start run in
-processes of their own, because a process cannot take back its threads and its memory.
+call by call in turn, and against the torch student and OpenVINO where they are asked for. Images are noise
+that is decoded beforehand: a network takes as long for one image as for another. Timing and cold start run
+in processes of their own, because a process cannot take back its threads and its memory.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -22,7 +23,8 @@ import numpy as np
 from PIL import Image
 
 from synthkit.engines.bundle import INPUT, OUTPUT, Bundle, read_facts
-from synthkit.errors import EngineError
+from synthkit.engines.bundle_versions import find_again
+from synthkit.errors import EngineError, MissingExtra
 from synthkit.machine import ask
 
 PERCENTILES = (50, 90, 99)
@@ -47,6 +49,7 @@ class Plan:
         runs: timed calls of each model.
         warmup: calls before those.
         percentiles: of the latency.
+        openvino: measure every model file in OpenVINO as well.
     """
 
     bundle: str
@@ -56,6 +59,7 @@ class Plan:
     runs: int = 200
     warmup: int = 20
     percentiles: tuple[float, ...] = PERCENTILES
+    openvino: bool = False
 
 
 def bench_bundle(plan: Plan) -> dict[str, Any]:
@@ -72,8 +76,12 @@ def bench_bundle(plan: Plan) -> dict[str, Any]:
     Raises:
         BundleError: the folder holds no usable bundle.
         EngineError: a measuring process failed.
+        MissingExtra: OpenVINO was asked for and is not installed.
     """
+    if plan.openvino and importlib.util.find_spec("openvino") is None:
+        raise MissingExtra("openvino", "bench")
     folder = Path(plan.bundle)
+    find_again(folder)
     default = Bundle.open(folder).precision
     facts = read_facts(folder)["precisions"]
     rows = [row for threads in plan.threads for row in _timed(plan, threads)]
@@ -112,6 +120,8 @@ def time_models(plan_json: str, threads: str) -> list[dict[str, Any]]:
         ("onnxruntime", name): _bundle_and_bare(folder, name, images)
         for name in read_facts(folder)["precisions"]
     }
+    if plan.openvino:
+        models |= {("openvino", name): _openvino(folder, name, images, int(threads)) for _, name in models}
     if plan.student:
         models["torch", "fp32"] = {"ours": _torch_student(Path(plan.student), images, int(threads))}
     seconds = time_in_turn(list(models.values()), plan.runs, plan.warmup)
@@ -127,6 +137,20 @@ def _bundle_and_bare(folder: Path, precision: str, images: np.ndarray) -> Conten
     bundle = Bundle.open(folder, precision)
     bare: Any = bundle.session._session  # type: ignore[attr-defined]
     return {"ours": lambda: bundle.logits(images), "bare": lambda: bare.run([OUTPUT], {INPUT: images})}
+
+
+def _openvino(folder: Path, precision: str, images: np.ndarray, threads: int) -> Contenders:
+    """The same file in OpenVINO, told that single answers count; floats are not rounded to 16 bits."""
+    import openvino
+
+    hints = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_NUM_THREADS": threads,
+    }
+    path = folder / read_facts(folder)["precisions"][precision]["file"]
+    request = openvino.Core().compile_model(path, "CPU", hints).create_infer_request()
+    return {"ours": lambda: request.infer({INPUT: images})[OUTPUT]}
 
 
 def _torch_student(folder: Path, images: np.ndarray, threads: int) -> Callable[[], Any]:

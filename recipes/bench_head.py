@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 
-from synthkit.artifacts import write_json
+from synthkit.artifacts import versions, write_json
 from synthkit.images import ImageSet, k_shot
+from synthkit.one_line import OneLineErrors
 
 if TYPE_CHECKING:
     from synthkit.students import Student
@@ -216,7 +217,7 @@ def run_draw(
     }
 
 
-@click.command()
+@click.command(cls=OneLineErrors)
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="Holds train/ and test/.")
 @click.option("--weights", type=click.Path(path_type=Path), required=True, help="The student's weights.")
 @click.option("--student", default="mobilenetv2_100", show_default=True)
@@ -244,12 +245,14 @@ def main(
     out: Path,
 ) -> None:
     """Compare `adapt --bundle` with torch on the same photos; writes OUT/result.json and prints it."""
-    draws = [
-        run_draw(data, student, weights, classes, (start, shots), seed, out / f"seed-{seed}", precision)
-        for seed in range(seeds)
-    ]
-    write_json(out / "result.json", draws)
-    click.echo(json.dumps(draws, indent=2))
+    settings = {"set": data.name, "student": student, "classes": classes, "start": start, "shots": shots}
+    result: dict[str, Any] = {"settings": settings, "versions": versions(), "draws": []}
+    for seed in range(seeds):
+        work = out / f"seed-{seed}"
+        drawn = run_draw(data, student, weights, classes, (start, shots), seed, work, precision)
+        result["draws"].append(drawn)
+        write_json(out / "result.json", result)
+    click.echo(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":

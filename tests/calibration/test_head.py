@@ -11,6 +11,7 @@ from synthkit.calibration.head import (
     choose_strength,
     fit_head,
 )
+from synthkit.standalone import softmax
 
 WIDTH = 40
 
@@ -92,6 +93,50 @@ def test_a_new_class_is_learnt_beside_remembered_old_ones() -> None:
     assert share(grown, draw(where, np.full(50, 3), 4)) > 0.9
     test = draw(where, evenly(3, 50), 5)
     assert share(grown, test) > share(old, test) - 0.05
+
+
+def test_a_new_class_with_many_photos_leaves_the_old_ones_their_own() -> None:
+    """The head has learnt all that is remembered, four photos of each old class, and is too sure of them."""
+    where = 0.45 * centres(9, seed=4)
+    memory, fresh, test = (
+        draw(where, evenly(8, 4), 2),
+        draw(where, np.full(24, 8), 3),
+        draw(where, evenly(9, 60), 5),
+    )
+    old = fit_head(zeros(8), memory, nothing(), 8, 0.01)
+    choice = choose_strength(old, fresh, memory, 9)
+    grown = fit_head(old, fresh, memory, 9, choice.strength).restrained(choice.restraint)
+    known = test.labels < 8
+    kept, before = share(grown, test.at(known)), share(old, test.at(known))
+    assert kept > before - 0.06
+    assert share(grown, test.at(~known)) > 0.5 * before
+    assert (
+        choice.strength == DEFAULT_STRENGTH
+    )  # the memory would vote for the firmest: the head has learnt it
+    assert choice.restraint[8] > 0 and not choice.restraint[:8].any()
+    held_out = choice.logits[choice.rows < 24]
+    assert np.mean(held_out.argmax(axis=1) == 8) < 0.9  # these logits are restrained as well
+
+
+def test_photos_of_every_old_class_leave_a_new_one_without_restraint() -> None:
+    where = centres(4)
+    old = fit_head(zeros(3), draw(where, evenly(3, 20), 1), nothing(), 3, 0.1)
+    choice = choose_strength(old, draw(where, evenly(4, 8), 3), draw(where, evenly(3, 4), 2), 4)
+    assert not choice.restraint.any() and len(choice.rows) == 32
+
+
+def test_every_class_counts_as_much_as_another() -> None:
+    """A photo shown five times among photos shown once has the weight of one."""
+    photos = draw(0.3 * centres(3), evenly(3, 6), 1)
+    often = np.concatenate(
+        [np.flatnonzero(photos.labels < 2), np.repeat(np.flatnonzero(photos.labels == 2), 5)]
+    )
+    once, repeated = (fit_head(zeros(3), one, nothing(), 3, 0.1) for one in (photos, photos.at(often)))
+    probed = draw(0.3 * centres(3), evenly(3, 20), 2).features
+    answers = [one.logits(probed).argmax(axis=1) for one in (once, repeated)]
+    assert np.mean(answers[0] == answers[1]) > 0.93
+    answered = softmax(repeated.logits(photos.features)).sum(axis=0)
+    assert np.ptp(answered) < 0.2  # a class that counted five times would draw the others' probability
 
 
 @pytest.mark.parametrize("strength", [0.01, 1.0])

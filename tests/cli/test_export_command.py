@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 
 from synthkit.calibration.ranges import METHODS
 from synthkit.cli import main
-from synthkit.engines import student_onnx
+from synthkit.engines import student_onnx, targets
 from synthkit.engines.bundle import Bundle, read_facts, seal, verify
 from synthkit.recipes import precisions
 from synthkit.students import Student, load_student
@@ -147,6 +147,23 @@ def test_what_cannot_be_is_said_in_one_line(workspace: Path, arguments: list[str
     assert text.split(" (")[0] in result.stderr and not (workspace / "bundle").exists()
 
 
+@pytest.mark.parametrize("target", ["jetson-inference", "deepstream"])
+def test_a_rearranged_model_is_proven_or_not_written(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    monkeypatch.setattr(targets, "TOLERANCE", -1.0)
+    result = call(workspace, "export", "--target", target)
+    assert result.exit_code == 1 and "in a probability" in result.stderr
+    assert not (workspace / "bundle").exists()
+
+
+def test_a_label_that_deepstream_cannot_write_is_refused(workspace: Path) -> None:
+    tiny = tiny_student(classes=["a;b", "c", "d"])
+    Student(tiny.model, "test_resnet", {}, ("a;b", "c", "d"), tiny.preprocessing).save(workspace / "odd")
+    result = call(workspace, "export", "--student", workspace / "odd", "--target", "deepstream")
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1) and "'a;b'" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("target", "opset", "files"),
     [
@@ -173,7 +190,9 @@ def test_a_target_gets_its_files(workspace: Path, target: str, opset: int, files
     assert verify(workspace / "bundle") == []
     if target == "deepstream":
         assert (folder / "labels.txt").read_text(encoding="utf-8") == ";".join(CLASSES) + "\n"
-        assert "infer-dims=3;32;32" in (folder / "config_infer_primary.txt").read_text()
+        config = (folder / "config_infer_primary.txt").read_text()
+        stated = ("infer-dims=3;32;32", "model-color-format=0", "net-scale-factor=1", "offsets=0;0;0")
+        assert set(stated) < set(config.splitlines()) and "network-type=1" in config
     if target == "triton":
         config = (folder / "model_repository/classifier_fp32/config.pbtxt").read_text()
         assert "dims: [ 32, 32, 3 ]" in config and "dims: [ 3 ]" in config

@@ -7,14 +7,18 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from synthkit.artifacts import write_json
 from synthkit.cli import main
+from synthkit.engines.bundle import read_facts, seal
 from synthkit.images import ImageSet
+from synthkit.recipes import bench_bundle
 from tests.tiny_students import CLASSES, class_folders, noise, tiny_bundle
 from tests.torch_free import WITHOUT_TORCH
 
@@ -79,6 +83,57 @@ def test_evaluate_measures_each_class(workspace: Path, tmp_path: Path) -> None:
     assert f"all         {np.mean(right):5.3f}  (95 %: " in text and "Ærø brücke  " in text
 
 
+def with_limits(bundle: Path, **limits: float) -> None:
+    """Give a bundle a threshold or a set minimum."""
+    write_json(bundle / "confidence.json", limits)
+    seal(bundle, read_facts(bundle))
+
+
+def test_evaluate_measures_unknown_answers_and_sets(workspace: Path, tmp_path: Path) -> None:
+    test = class_folders(tmp_path / "test", each=8, seed=3)
+    plain = answer(workspace, "evaluate", "--test-dir", test)
+    assert 0 <= plain["calibration_error"] <= 1 and not {"answers", "sets"} & set(plain)  # type: ignore[operator]
+    own = tmp_path / "own"
+    shutil.copytree(workspace / "bundle", own / "bundle")
+    paths = sorted(test.rglob("*.png"))
+    found: Any = answer(own, "predict", "--top", 3, *paths)["predictions"]
+    threshold = sorted(one["score"] for one in found)[10]
+    minimum = 0.2
+    with_limits(own / "bundle", threshold=threshold, set_minimum=minimum)
+    found = answer(own, "predict", "--top", 3, *paths)["predictions"]
+    measured: Any = answer(own, "evaluate", "--test-dir", test)
+    truth = [Path(one["path"]).parent.name for one in found]
+    answered = [
+        one["label"] == true for one, true in zip(found, truth, strict=True) if one["label"] != "unknown"
+    ]
+    assert 0 < len(answered) < 24 and measured["top1"] == plain["top1"]
+    assert measured["answers"]["unknown"] == 24 - len(answered) == 10
+    assert measured["answers"]["coverage"] == pytest.approx(14 / 24)
+    assert measured["answers"]["accuracy"] == pytest.approx(np.mean(answered))
+    low, high = measured["answers"]["interval"]
+    assert low < np.mean(answered) < high or np.mean(answered) in (0, 1)
+    sets = measured["sets"]
+    assert sets["mean_size"] == pytest.approx(np.mean([len(one["set"]) for one in found]))
+    hits = [true in one["set"] for one, true in zip(found, truth, strict=True)]
+    assert sets["coverage"] == pytest.approx(np.mean(hits)) and sets["minimum"] == minimum
+    assert sets["empty"] == sum(not one["set"] for one in found)
+    text = call(own, "evaluate", "--test-dir", test).stdout
+    assert '(10 "unknown")' in text and "labels hold the right one in" in text
+
+
+def test_evaluate_of_a_bundle_that_answers_nothing(workspace: Path, tmp_path: Path) -> None:
+    shutil.copytree(workspace / "bundle", tmp_path / "bundle")
+    with_limits(tmp_path / "bundle", threshold=1.1)
+    measured: Any = answer(tmp_path, "evaluate", "--test-dir", class_folders(tmp_path / "test"))
+    assert measured["answers"] | {"threshold": 0} == {
+        "threshold": 0,
+        "coverage": 0,
+        "unknown": 6,
+        "accuracy": None,
+        "interval": None,
+    }
+
+
 def test_evaluate_takes_fewer_classes_in_another_order(workspace: Path, tmp_path: Path) -> None:
     test = class_folders(tmp_path / "test", ["Ω", "a dog"], each=3)
     measured = answer(workspace, "evaluate", "--test-dir", test)
@@ -127,3 +182,15 @@ def test_the_device_commands_never_import_torch(workspace: Path, tmp_path: Path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout and "Assertion" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["predict", "evaluate", "verify", "bench"])
+def test_a_bundle_that_a_killed_run_left_between_two_names_is_found(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(bench_bundle, "_timed", lambda plan, threads: [])
+    shutil.copytree(workspace / "bundle", tmp_path / ".bundle.swap")
+    photos = class_folders(tmp_path / "test", seed=5)
+    arguments = {"predict": [next(photos.rglob("*.png"))], "evaluate": ["--test-dir", photos]}
+    call(tmp_path, name, *arguments.get(name, []))
+    assert (tmp_path / "bundle" / "bundle.json").is_file() and not (tmp_path / ".bundle.swap").exists()

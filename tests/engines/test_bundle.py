@@ -13,7 +13,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from synthkit.artifacts import digest, file_sha256
+from synthkit.artifacts import digest, file_sha256, write_json
 from synthkit.engines.bundle import FILES, Bundle, read_facts, seal, verify
 from synthkit.errors import BadImages, BundleError, MissingExtra
 from tests.tiny_students import CLASSES, class_folders, tiny_bundle, tiny_student
@@ -289,3 +289,55 @@ def test_a_changed_bundle_can_be_sealed_again(bundle: Path) -> None:
     seal(bundle, {**facts, "version": 2})
     assert verify(bundle) == [] and read_facts(bundle)["version"] == 2
     assert set(read_facts(bundle)["files"]) == {*facts["files"], "notes.txt"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "failure"),
+    [
+        ("preprocess.json", "{}", "preprocess.json is not usable: KeyError('input_size')"),
+        ("preprocess.json", "[1]", "preprocess.json is not usable"),
+        ("golden.npz", "junk", "golden.npz holds no readable inputs and outputs for model.onnx"),
+        ("memory.npz", "junk", "memory.npz holds no readable features"),
+        ("confidence.json", "junk", "confidence.json holds no probabilities"),
+        ("confidence.json", "[1, 2]", "confidence.json holds no probabilities"),
+        ("confidence.json", '{"threshold": 7}', "confidence.json holds no probabilities"),
+    ],
+)
+def test_a_sealed_file_that_cannot_be_read_is_named(
+    bundle: Path, name: str, content: str, failure: str
+) -> None:
+    (bundle / name).write_text(content)
+    seal(bundle, read_facts(bundle))
+    (found,) = verify(bundle)
+    assert found.startswith(failure)
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        {"labels": np.array([0, len(CLASSES)])},
+        {"labels": np.array([0.5, 1.0])},
+        {"sha256": np.array(["a"])},
+        {"features_fp32": np.ones((3, 4), np.float16)},
+        {"features_fp32": np.full((2, 4), np.nan, np.float16)},
+    ],
+)
+def test_a_sealed_memory_of_another_bundle_is_named(bundle: Path, spoilt: dict[str, np.ndarray]) -> None:
+    whole = {"labels": np.array([0, 1]), "sha256": np.array(["a", "b"])}
+    whole["features_fp32"] = np.ones((2, 4), np.float16)
+    np.savez(bundle / "memory.npz", **whole)
+    seal(bundle, read_facts(bundle))
+    assert verify(bundle) == []
+    np.savez(bundle / "memory.npz", **(whole | spoilt))
+    seal(bundle, read_facts(bundle))
+    classes = len(CLASSES)
+    assert verify(bundle) == [f"memory.npz does not fit the bundle's {classes} classes and its models"]
+
+
+def test_a_sealed_preprocessing_that_the_model_does_not_know_is_named(bundle: Path) -> None:
+    edited = json.loads((bundle / "preprocess.json").read_text()) | {"crop_pct": 0.5}
+    write_json(bundle / "preprocess.json", edited)
+    seal(bundle, read_facts(bundle))
+    assert verify(bundle) == ["preprocess.json differs from the metadata of model.onnx"]
+    with pytest.raises(BundleError, match="differs from the metadata"):
+        Bundle.open(bundle)

@@ -1,5 +1,6 @@
 """The half-precision, 8-bit and rearranged graphs of a student: what they hold and what they compute."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,10 @@ def test_half_precision_computes_in_half_but_for_its_islands(exported: Exported)
     assert 0 < error(run(made, noise()), logits) < 0.01
     kinds = {one.name: one.data_type for one in made.graph.initializer}
     assert kinds[head["weight"]] == kinds[head["bias"]] == TensorProto.FLOAT
-    convolutions = [node for node in made.graph.node if node.op_type == "Conv"]
-    assert convolutions and {kinds[node.input[1]] for node in convolutions} == {TensorProto.FLOAT16}
+    convolutions = [kinds[node.input[1]] for node in made.graph.node if node.op_type == "Conv"]
+    assert set(convolutions[:3]) == {TensorProto.FLOAT} and set(convolutions[3:]) == {TensorProto.FLOAT16}
+    casts = {node.output[0]: node.input[0] for node in made.graph.node if node.op_type == "Cast"}
+    assert not set(casts) & set(casts.values())  # nothing is rounded between two layers in float
     assert [node.op_type for node in onnx_graph.normalisation(made, "image")] == [
         "Cast",
         "Transpose",
@@ -59,6 +62,49 @@ def test_half_precision_computes_in_half_but_for_its_islands(exported: Exported)
     assert next(node for node in made.graph.node if "logits" in node.output).op_type == "Gemm"
     assert onnx_graph.present_head(made, head)["input"] != head["input"]
     assert {prop.key for prop in made.metadata_props} == {"names"}
+
+
+def depthwise_with_opposed_weights() -> onnx.ModelProto:
+    """Each channel of the second layer takes the difference of large, nearly equal numbers."""
+    opposed = np.zeros((3, 1, 3, 3))
+    opposed[:, 0, 1, :] = 50.03, -100.07, 50.041
+    random = np.random.default_rng(0)
+    mixing = {name: random.normal(0, 0.5, (3, 3, 1, 1)) for name in ("u", "v", "z")}
+    return chain(
+        helper.make_node("Conv", ["a", "u"], ["x"], "stem"),
+        helper.make_node("Conv", ["x", "d"], ["y"], "depthwise", group=3, pads=[1, 1, 1, 1]),
+        helper.make_node("Conv", ["y", "v"], ["w"], "mixing"),
+        helper.make_node("Conv", ["w", "z"], ["logits"], "last"),
+        classes=3,
+        d=opposed,
+        **mixing,
+    )
+
+
+def test_the_first_layers_do_not_lose_what_half_precision_cannot_hold() -> None:
+    model, smooth = depthwise_with_opposed_weights(), np.full((1, 8, 8, 3), 200, np.uint8)
+    expected = run(model, smooth)[..., 2:-2, 2:-2]  # the border has no third neighbour
+    assert error(run(half.to_half(model, None), smooth)[..., 2:-2, 2:-2], expected) < 2e-3
+
+
+def test_what_overflows_in_half_precision_stays_in_float() -> None:
+    model = chain(
+        *(helper.make_node("Conv", [f"a{i}" if i else "a", "one"], [f"a{i + 1}"], f"c{i}") for i in range(3)),
+        helper.make_node("Conv", ["a3", "w", "b"], ["x"], "conv"),
+        helper.make_node("Pow", ["x", "two"], ["y"], "square"),
+        helper.make_node("Conv", ["y", "v", "b"], ["logits"], "last"),
+        classes=4,
+        w=np.full((4, 3, 1, 1), 200),
+        v=np.full((4, 4, 1, 1), 1e-5),
+        b=np.zeros(4),
+        two=np.full((), 2),
+        one=np.eye(3)[:, :, None, None],
+    )
+    made = half.to_half(model, None)
+    types = onnx_graph.value_types(made)
+    (square,) = (node for node in made.graph.node if node.op_type == "Pow")
+    assert types[square.input[0]].type.tensor_type.elem_type == TensorProto.FLOAT
+    assert types[square.output[0]].type.tensor_type.elem_type == TensorProto.FLOAT
 
 
 def test_a_weight_beyond_half_precision_is_refused_by_name(exported: Exported) -> None:
@@ -120,44 +166,100 @@ def test_layers_can_stay_in_float(exported: Exported) -> None:
     assert not {one.data_type for one in made.graph.initializer if len(one.dims) == 4} & {TensorProto.INT8}
 
 
-def test_bias_correction_takes_out_the_mean_error() -> None:
-    """One convolution with coarse weights on images of a positive mean: the output's mean comes back."""
-    rng = np.random.default_rng(0)
-    weight = rng.normal(size=(4, 3, 1, 1)).astype(np.float32)
+def chain(*layers: onnx.NodeProto, classes: int, **values: np.ndarray) -> onnx.ModelProto:
+    """A graph that begins as every student's does; the layers go from "a" to "logits"."""
     nodes = [
         helper.make_node("Cast", ["image"], ["c"], "cast", to=TensorProto.FLOAT),
         helper.make_node("Transpose", ["c"], ["t"], "transpose", perm=[0, 3, 1, 2]),
         helper.make_node("Mul", ["t", "scale"], ["m"], "mul"),
         helper.make_node("Add", ["m", "shift"], ["a"], "add"),
-        helper.make_node("Conv", ["a", "w", "b"], ["logits"], "conv"),
+        *layers,
     ]
-    values = {
-        "scale": np.full((1, 3, 1, 1), 1 / 255),
-        "shift": np.zeros((1, 3, 1, 1)),
-        "w": weight,
-        "b": np.zeros(4),
-    }
+    weights = {"scale": np.full((1, 3, 1, 1), 1 / 255), "shift": np.zeros((1, 3, 1, 1)), **values}
     graph = helper.make_graph(
         nodes,
-        "one",
+        "chain",
         [helper.make_tensor_value_info("image", TensorProto.UINT8, ["batch", 8, 8, 3])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 4, 8, 8])],
-        [numpy_helper.from_array(np.float32(value), name) for name, value in values.items()],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", classes, 8, 8])],
+        [numpy_helper.from_array(np.float32(value), name) for name, value in weights.items()],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+
+
+def test_bias_correction_takes_out_the_mean_error() -> None:
+    """One convolution with coarse weights on images of a positive mean: the output's mean comes back."""
+    weight = np.random.default_rng(0).normal(size=(4, 3, 1, 1))
+    convolution = helper.make_node("Conv", ["a", "w", "b"], ["logits"], "conv")
+    model = chain(convolution, classes=4, w=weight, b=np.zeros(4))
     images = noise(16, 8)
     observed = observe(quantize.float_values(model), images)
     ranges = fit_ranges(observed, "min-max")
     form = quantize.FORMS["cpu"]
     plain = quantize.to_int8(model, ranges, form, None)
     means = {name: seen.channel_means for name, seen in observed.items()}
-    corrected = quantize.to_int8(quantize.correct_biases(model, plain, means), ranges, form, None)
+    source = quantize.correct_biases(model, quantize.rounded_weights(plain), means)
+    corrected = quantize.to_int8(source, ranges, form, None)
     expected = run(model, images)
     off = [
         np.abs((run(one, images, exact=True) - expected).mean(axis=(0, 2, 3))).max()
         for one in (plain, corrected)
     ]
     assert off[1] < 0.5 * off[0]
+
+
+def depthwise_between() -> tuple[onnx.ModelProto, dict[str, tuple[float, float]]]:
+    """A depthwise layer, whose channels differ a hundredfold, between two others, with clips after them."""
+    rng = np.random.default_rng(0)
+    model = chain(
+        helper.make_node("Conv", ["a", "w1", "b1"], ["x1"], "first"),
+        helper.make_node("Clip", ["x1", "zero", "six"], ["y1"], "clip1"),
+        helper.make_node("Conv", ["y1", "w2", "b2"], ["x2"], "depthwise", group=4),
+        helper.make_node("Clip", ["x2", "zero", "six"], ["y2"], "clip2"),
+        helper.make_node("Conv", ["y2", "w3", "b3"], ["logits"], "last"),
+        classes=4,
+        w1=rng.uniform(0, 1, (4, 3, 1, 1)),
+        w2=np.array([0.05, 0.1, 0.2, 30]).reshape(4, 1, 1, 1),
+        w3=rng.normal(size=(4, 4, 1, 1)) * np.array([1, 1, 1, 0]).reshape(1, 4, 1, 1),
+        **{f"b{place}": np.zeros(4) for place in (1, 2, 3)},
+        zero=np.zeros(()),
+        six=np.full((), 6),
+    )
+    return model, fit_ranges(observe(quantize.float_values(model), noise(16, 8)), "min-max")
+
+
+def test_a_float_layer_stays_float_in_onnx_runtime() -> None:
+    """Unguarded, the runtime quantises it with one scale for all channels, and nobody would know."""
+    model, ranges = depthwise_between()
+    images, guarded = noise(4, 8), quantize.FORMS["cpu"]
+    errors = []
+    for form in (guarded, replace(guarded, guarded=False)):
+        made = quantize.to_int8(model, ranges, form, None, ["depthwise"])
+        errors.append(error(run(made, images), run(made, images, exact=True)))
+    assert errors[0] < 0.01 < 0.1 < errors[1]
+
+
+def test_nothing_is_rounded_between_a_float_layer_and_its_clip() -> None:
+    model, ranges = depthwise_between()
+    made = quantize.to_int8(model, ranges, quantize.FORMS["cpu"], None, ["depthwise"])
+    clip = next(node for node in made.graph.node if node.name == "clip2")
+    assert clip.input[0] == "x2"
+    assert [node.op_type for node in onnx_graph.consumers(made, "y2")] == ["QuantizeLinear"]
+
+
+def test_one_layer_can_leave_float_alone() -> None:
+    model, ranges = depthwise_between()
+    made = quantize.to_int8(model, ranges, quantize.FORMS["cpu"], None, only=["depthwise"])
+    assert list(quantize.rounded_weights(made)) == ["depthwise"]
+    assert {"x2", "y1"} >= {
+        node.input[0].removesuffix("_output")
+        for node in made.graph.node
+        if node.op_type == "QuantizeLinear" and node.input[0].startswith("x")
+    }
+    everything = quantize.to_int8(model, ranges, quantize.FORMS["cpu"], None)
+    images = noise(4, 8)
+    assert (
+        0 < error(run(made, images), run(model, images)) < error(run(everything, images), run(model, images))
+    )
 
 
 def test_sizes_become_constants_and_padding_joins_its_convolution(tmp_path: Path) -> None:

@@ -1,16 +1,18 @@
 """The benchmark times what it says, in turn, and its figures follow from the times."""
 
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from synthkit.engines.bundle import Bundle, read_facts
-from synthkit.errors import BundleError, EngineError
+from synthkit.errors import BundleError, EngineError, MissingExtra
 from synthkit.recipes import bench_bundle
 from synthkit.recipes.bench_bundle import Plan, as_text, time_in_turn
 from tests.tiny_students import lively_student, tiny_bundle
@@ -149,3 +151,34 @@ def test_a_measuring_process_that_fails_is_one_line(bundle: Path, tmp_path: Path
     with pytest.raises(EngineError, match=r"measuring failed: .*absent") as caught:
         bench_bundle._answer("time_models", json.dumps({"bundle": str(tmp_path / "absent")}), "1")
     assert "\n" not in str(caught.value)
+
+
+def test_openvino_computes_the_same_file(bundle: Path) -> None:
+    pytest.importorskip("openvino")
+    images = np.random.default_rng(3).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    found = bench_bundle._openvino(bundle, "fp32", images, 1)["ours"]()
+    assert np.allclose(found, Bundle.open(bundle).logits(images), atol=1e-3)
+
+
+def test_openvino_gets_the_file_and_the_threads(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    class Core:
+        def compile_model(self, *arguments: Any) -> Any:
+            asked.extend(arguments)
+            infer = lambda feeds: {"logits": feeds["image"].shape}  # noqa: E731
+            return SimpleNamespace(create_infer_request=lambda: SimpleNamespace(infer=infer))
+
+    monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Core=Core))
+    images = np.zeros((2, 32, 32, 3), np.uint8)
+    assert bench_bundle._openvino(bundle, "fp32", images, 3)["ours"]() == images.shape
+    path, device, hints = asked
+    assert (path, device) == (bundle / "model.onnx", "CPU")
+    assert hints["INFERENCE_NUM_THREADS"] == 3 and hints["INFERENCE_PRECISION_HINT"] == "f32"
+
+
+def test_openvino_is_named_where_it_is_missing(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_bundle.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(bench_bundle, "_answer", lambda *arguments: pytest.fail("nothing may run"))
+    with pytest.raises(MissingExtra, match=r"synthkit\[bench\]"):
+        bench_bundle.bench_bundle(Plan(str(bundle), openvino=True))

@@ -18,15 +18,20 @@ from synthkit.cli import options
 def command(workspace: Path, bundle: Path | None, test_dir: Path, skip_bad: bool) -> options.Output:
     """Measure a bundle's top-1 on a test folder; torch is not needed.
 
+    A bundle that answers "unknown" or gives sets of labels is measured in these as well.
+
     A folder that shares an image with the photos trained on is refused.
 
     \b
     Example: synthkit evaluate --bundle ./bundle --test-dir ./test
     """
     from synthkit.engines.bundle import Bundle
+    from synthkit.engines.bundle_versions import find_again
     from synthkit.recipes.evaluate import evaluate_bundle
 
-    measured = evaluate_bundle(Bundle.open(bundle or workspace / "bundle"), test_dir, skip_bad)
+    folder = bundle or workspace / "bundle"
+    find_again(folder)
+    measured = evaluate_bundle(Bundle.open(folder), test_dir, skip_bad)
     return options.Output(measured, _table(measured))
 
 
@@ -36,5 +41,18 @@ def _table(measured: Mapping[str, Any]) -> str:
     lines = [f"{'class':<{width}}  top-1"]
     lines += [f"{name:<{width}}  {share:5.3f}" for name, share in measured["per_class"].items()]
     lines.append(f"{'all':<{width}}  {measured['top1']:5.3f}  (95 %: {low:.3f} to {high:.3f})")
+    lines += _limits(measured)
     lines.append(f"{measured['n_test']} images in {measured['seconds']:.1f} s")
     return "\n".join(lines)
+
+
+def _limits(measured: Mapping[str, Any]) -> list[str]:
+    """What the bundle's threshold and label sets make of the test images."""
+    lines = [f"calibration error {measured['calibration_error']:.3f}"]
+    if answers := measured.get("answers"):
+        right = "" if answers["accuracy"] is None else f", {answers['accuracy']:.3f} of these right"
+        unknown = f'{answers["unknown"]} "unknown"'
+        lines.append(f"answered {answers['coverage']:.3f} ({unknown}){right}")
+    if sets := measured.get("sets"):
+        lines.append(f"sets of {sets['mean_size']:.2f} labels hold the right one in {sets['coverage']:.3f}")
+    return lines

@@ -20,8 +20,10 @@ def command(workspace: Path, bundle: Path | None) -> options.Output:
     Example: synthkit verify --bundle ./bundle
     """
     from synthkit.engines.bundle import verify
+    from synthkit.engines.bundle_versions import find_again
 
     folder = bundle or workspace / "bundle"
+    find_again(folder)
     failures = verify(folder)
     text = f"{folder}: whole, and its golden outputs come out as they should"
     if failures:
