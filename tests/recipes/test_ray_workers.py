@@ -5,6 +5,7 @@ import signal
 import socket
 import threading
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,7 @@ from synthkit.recipes.settings import GenerateSettings
 CLASSES = {"a": "a", "b": "b"}
 SETTINGS = GenerateSettings(per_class=30, steps="10:11", guidance="1.5:3", batch_size=4)
 
-needs_ray = pytest.mark.skipif(
-    not pytest.importorskip("importlib.util").find_spec("ray"), reason="ray is not installed"
-)
+needs_ray = pytest.mark.skipif(not find_spec("ray"), reason="ray is not installed")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -104,6 +103,7 @@ def test_an_address_without_a_cluster_is_one_line(
     assert result.stderr.count("\n") == 1
 
 
+@needs_ray
 def test_something_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_workers, "_CHECK_S", 0.5)
     with socket.socket() as silent:
