@@ -29,6 +29,7 @@ from synthkit.artifacts import MANIFEST, file_sha256
 from synthkit.engines.session import OrtSession, usable_threads
 from synthkit.errors import EngineError
 from synthkit.one_line import OneLineErrors
+from synthkit.recipes.bench_bundle import resident_bytes
 from synthkit.recipes.generate import generate
 from synthkit.recipes.settings import GenerateSettings
 
@@ -177,7 +178,7 @@ def memory(trial: Trial, out: Path, marks: Sequence[int] = MARKS) -> dict[str, A
         while child.poll() is None and drawn(out) < mark:
             time.sleep(_POLL_S)
         if child.poll() is None:
-            found[mark] = _resident_mib(child.pid)
+            found[mark] = round(resident_bytes(child.pid) / 2**20, 1)
     return {**_figures(child), "rss_mib": found}
 
 
@@ -203,12 +204,6 @@ def _figures(child: subprocess.Popen[str]) -> dict[str, Any]:
         raise EngineError(f"the drawing process ended with {child.returncode}; run it alone with --here")
     figures: dict[str, Any] = json.loads(text)
     return figures
-
-
-def _resident_mib(process: int) -> float:
-    status = Path(f"/proc/{process}/status").read_text(encoding="ascii")
-    kib = next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS"))
-    return round(int(kib) / 1024, 1)
 
 
 @click.command(cls=OneLineErrors)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +81,11 @@ class Workspace:
 class ChainSettings:
     """The settings of every stage of the chain."""
 
-    engines: EngineSettings
-    style: StyleSettings
-    generate: GenerateSettings
-    train: TrainSettings
-    adapt: AdaptSettings
+    engines: EngineSettings = field(default_factory=EngineSettings)
+    style: StyleSettings = field(default_factory=StyleSettings)
+    generate: GenerateSettings = field(default_factory=GenerateSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    adapt: AdaptSettings = field(default_factory=AdaptSettings)
 
 
 def remembered_model(

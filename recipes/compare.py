@@ -193,8 +193,7 @@ def rows(scores: Sequence[Scores], labels: np.ndarray) -> list[dict[str, Any]]:
         {
             "method": method,
             "shots": shots,
-            "top1_mean": round(float(of_draws.mean()), 4),
-            "top1_std": round(float(of_draws.std(ddof=1)), 4) if len(of_draws) > 1 else 0.0,
+            **metrics.over_draws("top1", of_draws),
             "top1_interval": metrics.mean_interval(of_draws),
             "seeds": len(of_draws),
         }

@@ -20,6 +20,7 @@ from synthkit.artifacts import versions, write_json
 from synthkit.errors import DataError
 from synthkit.gap_measures import density_and_coverage, frechet_distance
 from synthkit.images import ImageSet
+from synthkit.metrics import over_draws
 from synthkit.one_line import OneLineErrors
 from synthkit.recipes.methods import METHODS, SYNTHETIC_ONLY, VARIANTS
 
@@ -90,9 +91,7 @@ def measure_sets(
 def _row(draws: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     row: dict[str, Any] = {"seeds": len(draws)}
     for name in _MEASURES:
-        values = np.array([one[name] for one in draws])
-        row[f"{name}_mean"] = round(float(values.mean()), 4)
-        row[f"{name}_std"] = round(float(values.std(ddof=1)), 4) if len(draws) > 1 else 0.0
+        row |= over_draws(name, [one[name] for one in draws])
     return row
 
 

@@ -5,15 +5,13 @@ python -m synthkit.recipes.digits ./digits --shots 16
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import click
 import numpy as np
-from PIL import Image
 
 from synthkit.artifacts import write_bytes
-from synthkit.images import ImageSet, check_disjoint
+from synthkit.images import ImageSet, check_disjoint, png
 from synthkit.one_line import OneLineErrors
 
 
@@ -45,9 +43,7 @@ def write_digits(folder: Path, shots: int, seed: int) -> tuple[ImageSet, ImageSe
 
 def _write_png(path: Path, pixels: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG")
-    write_bytes(path, buffer.getvalue())
+    write_bytes(path, png(pixels))
 
 
 @click.command(cls=OneLineErrors, help=__doc__)

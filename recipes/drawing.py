@@ -9,7 +9,6 @@ nothing about it.
 
 from __future__ import annotations
 
-import io
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from synthkit import standalone
@@ -26,6 +24,7 @@ from synthkit.artifacts import write_bytes
 from synthkit.engines.pipeline import EnginePipeline, Start
 from synthkit.engines.texts import TextEmbeddings
 from synthkit.errors import BadImages
+from synthkit.images import png
 from synthkit.recipes.learn_style import whole_picture
 from synthkit.recipes.set_plan import Photo, Planned
 from synthkit.style import StyleToken
@@ -175,13 +174,6 @@ def write_images(folder: Path, batch: Sequence[Planned], pixels: np.ndarray) -> 
     """Write images of a batch, each atomically."""
     for image, array in zip(batch, pixels, strict=True):
         write_bytes(folder / image.file_name, png(array))
-
-
-def png(pixels: np.ndarray) -> bytes:
-    """An image, uint8 [height, width, 3], as the content of a PNG file."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 def _latents(pipeline: EnginePipeline, photos: Sequence[Photo]) -> np.ndarray:

@@ -203,16 +203,7 @@ def generate(
     plan = make_plan(settings, classes, _shares(style), photos)
     screening = screening or Screening()
     filtered = bool(chosen_filters(screening.choices))
-    job = Job(
-        engines_dir,
-        style_files.load_all(style) if style else (),
-        settings.negative,
-        settings.strength,
-        settings.batch_size,
-        filtered,
-        # Beside the style token, which then runs the text encoder once; hidden from its manifest.
-        style.with_name(".embeddings.npz") if style else None,
-    )
+    job = _job(settings, engines_dir, style, blank=filtered)
 
     def produce(work: Path) -> dict[str, Any]:
         _clear_torn(work)
@@ -227,6 +218,19 @@ def generate(
         return drawn | _totals(rounds, filters, work)
 
     return run_stage(request, produce, force=force)
+
+
+def _job(settings: GenerateSettings, engines_dir: Path, style: Path | None, blank: bool) -> Job:
+    return Job(
+        engines_dir,
+        style_files.load_all(style) if style else (),
+        settings.negative,
+        settings.strength,
+        settings.batch_size,
+        blank,
+        # Beside the style token, which then runs the text encoder once; hidden from its manifest.
+        style.with_name(".embeddings.npz") if style else None,
+    )
 
 
 def _clear_torn(work: Path) -> None:

@@ -28,7 +28,13 @@ from synthkit.engines.bundle import FACTS, Bundle
 from synthkit.images import ImageSet
 from synthkit.recipes.adapt import adapt
 from synthkit.recipes.build_engines import base_model
-from synthkit.recipes.chain import ChainSettings, Workspace, chain_stages, words_for_prompts
+from synthkit.recipes.chain import (
+    ChainSettings,
+    Workspace,
+    chain_stages,
+    synonyms_for_prompts,
+    words_for_prompts,
+)
 from synthkit.recipes.evaluate import predict_labels
 from synthkit.recipes.generate import generate
 from synthkit.recipes.learn_style import TOKEN_FILE, learn_style
@@ -86,6 +92,11 @@ class Draw:
     def words(self) -> dict[str, str]:
         """Class name -> words for prompts."""
         return words_for_prompts(self.settings.engines, self.photos)
+
+    @property
+    def synonyms(self) -> dict[str, tuple[str, ...]]:
+        """Class name -> all words of which each image draws one, as in the chain."""
+        return synonyms_for_prompts(self.settings.engines, self.photos)
 
 
 @dataclass(frozen=True)
@@ -158,7 +169,7 @@ def synthetic_set(draw: Draw, method: str) -> Path:
         learned = learn_style(style, base_model(engines), draw.photos, draw.words, folder / "style")
         token = learned.out / TOKEN_FILE
     settings = replace(draw.settings.generate, **variant.generate)
-    return generate(settings, engines, draw.words, token, folder / "synthetic", photos=draw.photos).out
+    return generate(settings, engines, draw.synonyms, token, folder / "synthetic", photos=draw.photos).out
 
 
 def synthetic_only(draw: Draw, method: str) -> Path:

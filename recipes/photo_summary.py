@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from synthkit.artifacts import versions
-from synthkit.metrics import mean_interval, paired_p_value
+from synthkit.metrics import mean_interval, over_draws, paired_p_value
 
 ADAPT = "adapt"
 #: The ways that a user could fix beforehand, and `adapt` chooses from or stands beside.
@@ -60,8 +60,7 @@ def _rows(cells: Cells) -> list[dict[str, Any]]:
         {
             **about,
             "method": method,
-            "top1_mean": round(float(values.mean()), 4),
-            "top1_std": round(float(values.std(ddof=1)), 4) if len(values) > 1 else 0.0,
+            **over_draws("top1", values),
             "top1_interval": mean_interval(values),
             "seeds": len(values),
         }
@@ -78,8 +77,7 @@ def _overall(cells: Cells) -> list[dict[str, Any]]:
             "student": cells[0]["student"],
             "shots": cells[0]["shots"],
             "method": method,
-            "top1_mean": round(float(means.mean()), 4),
-            "top1_std": round(float(means.std(ddof=1)), 4) if len(means) > 1 else 0.0,
+            **over_draws("top1", means),
             "top1_interval": mean_interval(means),
             "seeds": len(means),
             "sets": len(_groups(cells, "set")),

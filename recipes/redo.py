@@ -12,8 +12,8 @@ from typing import Any
 from synthkit import style as style_files
 from synthkit.artifacts import file_sha256, fingerprint, read_manifest
 from synthkit.errors import DataError
-from synthkit.images import ImageSet
-from synthkit.recipes.drawing import Drawer, Job, png
+from synthkit.images import ImageSet, png
+from synthkit.recipes.drawing import Drawer, Job
 from synthkit.recipes.generate import METADATA, style_digest
 from synthkit.recipes.set_plan import Photo, Planned, image_file
 

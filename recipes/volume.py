@@ -27,13 +27,6 @@ from synthkit.recipes.compare import Cell, cell_draw
 from synthkit.recipes.generate import generate
 from synthkit.recipes.learn_style import TOKEN_FILE
 from synthkit.recipes.methods import Draw, answers
-from synthkit.recipes.settings import (
-    AdaptSettings,
-    EngineSettings,
-    GenerateSettings,
-    StyleSettings,
-    TrainSettings,
-)
 from synthkit.recipes.train import Material, synthetic_steps, train
 
 _LARGEST_EPOCHS = 3  # over the largest set; smaller ones are seen more often
@@ -56,7 +49,7 @@ def top1_over_volume(draw: Draw, test: ImageSet, volumes: Sequence[int]) -> dict
     """
     largest = replace(draw.settings.generate, per_class=max(volumes))
     folder, token = draw.place.root / "volume", draw.stage("learn-style").out / TOKEN_FILE
-    drawn = generate(largest, draw.place.engines, draw.words, token, folder / "synthetic")
+    drawn = generate(largest, draw.place.engines, draw.synonyms, token, folder / "synthetic")
     everything = ImageSet.scan(drawn.out)
     steps = synthetic_steps(replace(draw.settings.train, epochs=_LARGEST_EPOCHS), Material(everything, None))
     found = {}
@@ -74,8 +67,7 @@ def rows(draws: Sequence[dict[int, float]]) -> list[dict[str, Any]]:
     return [
         {
             "per_class": volume,
-            "top1_mean": round(float(np.mean(of_draws)), 4),
-            "top1_std": round(float(np.std(of_draws, ddof=1)), 4) if len(of_draws) > 1 else 0.0,
+            **metrics.over_draws("top1", of_draws),
             "seeds": len(of_draws),
         }
         for volume in draws[0]
@@ -127,9 +119,7 @@ def main(
     workspace: Path, real_dir: Path, test_dir: Path, shots: int, seeds: int, volumes: tuple[int, ...]
 ) -> None:
     """Measure, print the table, write volume.json and volume.png into the workspace."""
-    settings = ChainSettings(
-        EngineSettings(), StyleSettings(), GenerateSettings(), TrainSettings(), AdaptSettings()
-    )
+    settings = ChainSettings()
     pool = ImageSet.scan(real_dir)
     test = ImageSet.scan(test_dir).with_classes(pool.classes)
     check_disjoint(pool, test, (str(real_dir), str(test_dir)))

@@ -10,6 +10,7 @@ module knows no model: images go out as uint8 arrays at the student's size.
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
@@ -389,3 +390,10 @@ def k_shot(images: ImageSet, shots: int, seed: int) -> np.ndarray:
         members = [position for position in first.values() if images.items[position].label == label]
         chosen += sorted(members, key=lambda position: order[position])[:shots]
     return np.array(sorted(chosen))
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """An image, uint8 [H, W, 3] or grey [H, W], as the content of a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return buffer.getvalue()

@@ -75,6 +75,13 @@ def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = 15)
     return float(np.abs(surplus).sum() / len(confidence))
 
 
+def over_draws(name: str, values: Sequence[float] | np.ndarray) -> dict[str, float]:
+    """`<name>_mean` and `<name>_std` to four places; the deviation of a sample (n - 1), 0 for one draw."""
+    found = np.asarray(values, dtype=float)
+    deviation = float(found.std(ddof=1)) if len(found) > 1 else 0.0
+    return {f"{name}_mean": round(float(found.mean()), 4), f"{name}_std": round(deviation, 4)}
+
+
 def mean_interval(values: np.ndarray) -> list[float] | None:
     """95 % confidence interval of a mean by Student's t; None for a single value."""
     from scipy.stats import t

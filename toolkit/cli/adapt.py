@@ -42,7 +42,7 @@ def _device_options(function: Any) -> Any:
     "--test-dir", type=click.Path(path_type=Path), help="Test images: measure the bundle at the end."
 )
 @click.option("--no-synth", is_flag=True, help="Adapt a pretrained student on the photos alone.")
-@click.option("--skip-bad", is_flag=True, help="Leave unreadable files out instead of refusing the folder.")
+@options.skip_bad
 @_device_options
 @options.stage_options
 @options.settings_options(*_SECTIONS)

@@ -29,22 +29,12 @@ def command(workspace: Path, shots: int, seed: int, force: bool) -> options.Outp
     from synthkit.recipes.compare import seeded
     from synthkit.recipes.demo import run_demo
     from synthkit.recipes.digits import write_digits
-    from synthkit.recipes.settings import (
-        AdaptSettings,
-        EngineSettings,
-        GenerateSettings,
-        StyleSettings,
-        TrainSettings,
-    )
 
     started = time.perf_counter()
     place = Workspace(workspace / f"demo-{shots}-shot-{seed}")
-    usual = ChainSettings(
-        EngineSettings(), StyleSettings(), GenerateSettings(), TrainSettings(), AdaptSettings()
-    )
     with workspace_lock(place.root):
         photos, test = write_digits(place.root / "digits", shots, seed)
-        result = run_demo(seeded(usual, seed), place, photos, test, force)
+        result = run_demo(seeded(ChainSettings(), seed), place, photos, test, force)
     return _answer(result, place.root, time.perf_counter() - started)
 
 

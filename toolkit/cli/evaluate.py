@@ -14,7 +14,7 @@ from synthkit.cli import options
 @options.command("evaluate")
 @click.option("--bundle", type=click.Path(path_type=Path), help="Bundle  [default: WORKSPACE/bundle]")
 @click.option("--test-dir", type=click.Path(path_type=Path), required=True, help="Test images.")
-@click.option("--skip-bad", is_flag=True, help="Leave unreadable files out instead of refusing the folder.")
+@options.skip_bad
 def command(workspace: Path, bundle: Path | None, test_dir: Path, skip_bad: bool) -> options.Output:
     """Measure a bundle's top-1 on a test folder; torch is not needed.
 

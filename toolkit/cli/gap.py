@@ -24,7 +24,7 @@ _REGIMES = {"synthetic_only": "Synthetic images alone", "added_to_real": "Synthe
 @click.option(
     "--real-dir", type=click.Path(path_type=Path), required=True, help="Real photos to compare with."
 )
-@click.option("--skip-bad", is_flag=True, help="Leave unreadable files out instead of refusing the folder.")
+@options.skip_bad
 @click.option(
     "--student",
     "student_dir",

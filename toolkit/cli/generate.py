@@ -16,7 +16,7 @@ from synthkit.errors import ConfigError
 @options.stage_options
 @options.settings_options("generate", "filter")
 @click.option("--real-dir", type=click.Path(path_type=Path), help="Class folders of the real photos.")
-@click.option("--skip-bad", is_flag=True, help="Leave unreadable files out instead of refusing the folder.")
+@options.skip_bad
 @click.option("--test-dir", type=click.Path(path_type=Path), help="Test photos, for --filter leak.")
 @click.option("--classes", help="Class names, comma-separated, instead of --real-dir.")
 @click.option(

@@ -16,7 +16,7 @@ from synthkit.cli import options
 @click.option(
     "--real-dir", type=click.Path(path_type=Path), required=True, help="Class folders of the real photos."
 )
-@click.option("--skip-bad", is_flag=True, help="Leave unreadable files out instead of refusing the folder.")
+@options.skip_bad
 @click.option(
     "--engines", type=click.Path(path_type=Path), help="Engines folder  [default: WORKSPACE/engines]"
 )

@@ -84,6 +84,11 @@ def _stdout_for_the_answer_alone() -> Iterator[None]:
         os.close(kept)
 
 
+skip_bad = click.option(
+    "--skip-bad", is_flag=True, help="Leave unreadable files out instead of refusing the folder."
+)
+
+
 def stage_options(function: Function) -> Function:
     """Add the options that every stage has."""
     for option in (

@@ -36,7 +36,7 @@ from synthkit.errors import ConfigError
     help="Other causes to try in turn; none: leave them out.",
 )
 @click.option("--efficiency/--no-efficiency", default=True, help="Try 1/16 to all of the real photos.")
-@click.option("--skip-bad", is_flag=True, help="Leave unreadable files out instead of refusing the folder.")
+@options.skip_bad
 def command(
     workspace: Path,
     synth_dir: Path | None,

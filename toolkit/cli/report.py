@@ -13,7 +13,7 @@ from synthkit.cli import options
 @click.option(
     "--real-dir", type=click.Path(path_type=Path), help="Real photos to show beside the synthetic images."
 )
-@click.option("--skip-bad", is_flag=True, help="Leave unreadable files out instead of refusing the folder.")
+@options.skip_bad
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), help="File to write.  [default: WORKSPACE/report.html]"
 )

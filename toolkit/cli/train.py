@@ -21,7 +21,7 @@ from synthkit.cli import options
 )
 @click.option("--no-synth", is_flag=True, help="Leave synthetic images out.")
 @click.option("--real-dir", type=click.Path(path_type=Path), help="Class folders of the real photos.")
-@click.option("--skip-bad", is_flag=True, help="Leave unreadable files out instead of refusing the folder.")
+@options.skip_bad
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), help="Folder to write  [default: WORKSPACE/student]"
 )
