@@ -14,17 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from synthkit.artifacts import Request, StageResult, read_manifest, stage_state
+from synthkit.calibration.filters import filter_inputs
 from synthkit.config import override
 from synthkit.images import ImageSet, class_synonyms
 from synthkit.models import prompt_synonyms, resolve_model
 from synthkit.recipes.adapt import adapt, adapt_request
 from synthkit.recipes.build_engines import base_model, build_engines, build_engines_request
 from synthkit.recipes.export import export_request, run_export
-from synthkit.recipes.generate import generate, generate_request
+from synthkit.recipes.generate import Screening, generate, generate_request
 from synthkit.recipes.learn_style import TOKEN_FILE, learn_style, learn_style_request
 from synthkit.recipes.settings import (
     AdaptSettings,
     EngineSettings,
+    FilterSettings,
     GenerateSettings,
     StyleSettings,
     TrainSettings,
@@ -84,6 +86,7 @@ class ChainSettings:
     engines: EngineSettings = field(default_factory=EngineSettings)
     style: StyleSettings = field(default_factory=StyleSettings)
     generate: GenerateSettings = field(default_factory=GenerateSettings)
+    filter: FilterSettings = field(default_factory=FilterSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
     adapt: AdaptSettings = field(default_factory=AdaptSettings)
 
@@ -122,6 +125,7 @@ def chain_stages(
     *,
     synth: bool = True,
     student_dir: Path | None = None,
+    test: ImageSet | None = None,
     force: bool = False,
 ) -> Iterator[StageResult]:
     """Make everything from engines to bundle that is not made yet, each stage when it is asked for.
@@ -132,27 +136,30 @@ def chain_stages(
         photos: the real few shots.
         synth: whether synthetic images are made and used.
         student_dir: an already trained student, which replaces all stages before `adapt`.
+        test: test images, which the filter "leak" keeps away from synthetic ones.
         force: adapt and export again even when nothing changed.
     """
     if synth and student_dir is None:
-        yield from _synthetic_stages(settings, workspace, photos)
+        yield from _synthetic_stages(settings, workspace, photos, test)
         student_dir = workspace.student
     yield adapt(settings.adapt, settings.train, student_dir, photos, workspace.adapted, force)
     yield run_export(workspace.adapted, workspace.bundle, photos, force)
 
 
 def _synthetic_stages(
-    settings: ChainSettings, workspace: Workspace, photos: ImageSet
+    settings: ChainSettings, workspace: Workspace, photos: ImageSet, test: ImageSet | None
 ) -> Iterator[StageResult]:
     from synthkit.students import check_architecture
 
     check_architecture(settings.train.student)  # before the minutes that the stages before it take
-    words = words_for_prompts(settings.engines, photos)  # refuses undrawable classes before any work
+    filter_inputs(settings.filter, photos, test)  # likewise: refuses a filter that lacks what it needs
+    words = words_for_prompts(settings.engines, photos)  # likewise: refuses classes that cannot be drawn
     yield build_engines(settings.engines, workspace.engines)
     model = base_model(workspace.engines)
     yield learn_style(settings.style, model, photos, words, workspace.style)
     token, several = workspace.style / TOKEN_FILE, synonyms_for_prompts(settings.engines, photos)
-    yield generate(settings.generate, workspace.engines, several, token, workspace.synthetic, photos=photos)
+    about: dict[str, Any] = {"photos": photos, "screening": Screening(settings.filter, test)}
+    yield generate(settings.generate, workspace.engines, several, token, workspace.synthetic, **about)
     material = Material(ImageSet.scan(workspace.synthetic), photos)
     yield train(settings.train, material, workspace.student)
 
@@ -187,10 +194,11 @@ def plan_chain(
     *,
     synth: bool = True,
     student_dir: Path | None = None,
+    test: ImageSet | None = None,
 ) -> dict[str, str]:
     """Stage -> its state, without doing anything; what follows a stage that must run is to run as well."""
     plan: dict[str, str] = {}
-    for stage in _requests(settings, workspace, photos, synth and student_dir is None, student_dir):
+    for stage in _requests(settings, workspace, photos, synth and student_dir is None, student_dir, test):
         plan[stage.stage] = stage_state(stage)
         if plan[stage.stage] != "unchanged":
             break
@@ -201,18 +209,25 @@ def plan_chain(
 
 
 def _requests(
-    settings: ChainSettings, workspace: Workspace, photos: ImageSet, synth: bool, student_dir: Path | None
+    settings: ChainSettings,
+    workspace: Workspace,
+    photos: ImageSet,
+    synth: bool,
+    student_dir: Path | None,
+    test: ImageSet | None,
 ) -> Iterator[Request]:
     """Each stage's request, made only once the stages before it are known to be there."""
     if synth:
+        filter_inputs(settings.filter, photos, test)  # refused whichever stage is the first to run
         words = words_for_prompts(settings.engines, photos, download=False)
         yield build_engines_request(settings.engines, workspace.engines)
         model = base_model(workspace.engines)
         yield learn_style_request(settings.style, model, photos, words, workspace.style)
         token = workspace.style / TOKEN_FILE
         several = synonyms_for_prompts(settings.engines, photos, download=False)
+        about: dict[str, Any] = {"photos": photos, "screening": Screening(settings.filter, test)}
         yield generate_request(
-            settings.generate, workspace.engines, several, token, workspace.synthetic, photos=photos
+            settings.generate, workspace.engines, several, token, workspace.synthetic, **about
         )
         material = Material(ImageSet.scan(workspace.synthetic), photos)
         yield train_request(settings.train, material, workspace.student)

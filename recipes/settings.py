@@ -89,7 +89,7 @@ class GenerateSettings:
 
 @dataclass(frozen=True)
 class FilterSettings:
-    """`generate`: which images are rejected and drawn again."""
+    """`generate` and `adapt`: which images are rejected and drawn again."""
 
     filter: str = setting("none", "comma-separated: blank, saturated, class, duplicate, leak")
     filter_quantile: float = setting(

@@ -158,6 +158,24 @@ def test_a_setting_redoes_its_stage_and_what_follows(site: Site) -> None:
     assert done(site.adapt("--adapt-steps", "3")) == STAGES[4:]
 
 
+def test_adapt_and_generate_filter_alike(site: Site) -> None:
+    filters = ["--filter", "blank,leak", "--test-dir", site.root / "test"]
+    assert done(site.adapt(*filters)) == ["generate"]  # nothing was rejected, so the student stays
+    manifest = json.loads((site.workspace / "synthetic" / "manifest.json").read_text("utf-8"))
+    assert manifest["config"]["filters"]["filter"] == "blank,leak"
+    again = site.call("generate", "--per-class", "4", "--steps", "2", *filters, "--json")
+    assert json.loads(again.stdout)["written"] == 0
+    assert site.adapt("--dry-run")["plan"]["generate"].startswith("changed")
+
+
+def test_a_filter_without_what_it_needs_is_refused_before_any_work(site: Site) -> None:
+    shutil.rmtree(site.workspace)
+    for words in ([], ["--dry-run"]):
+        refused = site.call("adapt", *QUICK, "--filter", "leak", *words)
+        assert refused.exit_code == 1 and "give them with --test-dir" in refused.stderr
+    assert [path.name for path in site.workspace.iterdir()] == [".lock"]
+
+
 def test_force_adapts_and_exports_again(site: Site) -> None:
     assert done(site.adapt("--force")) == STAGES[4:]
 

@@ -14,7 +14,6 @@ from synthkit.images import ImageSet
 from synthkit.recipes.chain import ChainSettings
 from synthkit.recipes.compare import Cell, cell_draw
 from synthkit.recipes.settings import (
-    AdaptSettings,
     EngineSettings,
     GenerateSettings,
     StyleSettings,
@@ -35,8 +34,7 @@ def test_the_smaller_sets_lie_within_the_larger_and_all_get_as_many_steps(
         EngineSettings(model=str(tiny_model)),
         StyleSettings(steps=1, init_word="the", batch_size=2),
         GenerateSettings(steps=1),
-        TrainSettings(student="test_resnet", batch_size=3),
-        AdaptSettings(),
+        train=TrainSettings(student="test_resnet", batch_size=3),
     )
     draw = cell_draw(settings, tmp_path / "w", photos, Cell(1, 0))
     found = top1_over_volume(draw, test, [1, 2, 4])

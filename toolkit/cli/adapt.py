@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from synthkit.artifacts import StageResult
     from synthkit.recipes.chain import ChainSettings, Workspace
 
-_SECTIONS = ("adapt", "train", "generate", "learn-style", "build-engines")
+_SECTIONS = ("adapt", "train", "generate", "filter", "learn-style", "build-engines")
 
 
 _DEVICE_ONLY = ("rollback", "new_class", "coverage", "max_error", "max_miss")
@@ -180,13 +180,13 @@ def _run_chain(
     from synthkit.images import ImageSet, check_disjoint
     from synthkit.recipes.chain import Workspace, chain_stages, plan_chain
 
-    photos = ImageSet.scan(real_dir, skip_bad)
+    photos, test = ImageSet.scan(real_dir, skip_bad), None
     if test_dir:
         test = ImageSet.scan(test_dir, skip_bad).with_classes(photos.classes)
         check_disjoint(photos, test, (str(real_dir), str(test_dir)))
     place = Workspace(workspace)
     settings, student_dir = _settings(place, config, values)
-    how: dict[str, Any] = {"synth": not no_synth, "student_dir": student_dir}
+    how: dict[str, Any] = {"synth": not no_synth, "student_dir": student_dir, "test": test}
     if dry_run:
         plan = plan_chain(settings, place, photos, **how)
         return options.Output(
@@ -213,6 +213,7 @@ def _settings(
         remembered_model(settings["build-engines"], place, flags),
         settings["learn-style"],
         settings["generate"],
+        settings["filter"],
         settings["train"],
         settings["adapt"],
     )

@@ -79,7 +79,13 @@ def command(
     from synthkit.recipes.compare import Cell, compare, plot
 
     found = options.gather_settings(config, values, *_SECTIONS)
-    settings = ChainSettings(*(found[name] for name in reversed(_SECTIONS)))
+    settings = ChainSettings(
+        engines=found["build-engines"],
+        style=found["learn-style"],
+        generate=found["generate"],
+        train=found["train"],
+        adapt=found["adapt"],
+    )
     first = settings.adapt.seed
     cells = [Cell(count, seed) for count in shots for seed in range(first, first + seeds)]
     with workspace_lock(workspace):
