@@ -83,7 +83,7 @@ def adapt(
         choice = choose_path(site)
         log.info("adapt: %s, %s", choice.path.name, choice.reason)
         _student(site, choice).save(work)
-        scores = [asdict(verdict) for verdict in choice.verdicts]
+        scores = [verdict.figures() for verdict in choice.verdicts]
         metrics = {"path": choice.path.name, "steps": choice.steps, "reason": choice.reason}
         return {**metrics, "cross_validation": scores}
 
@@ -125,4 +125,9 @@ def _student(site: Site, choice: Choice) -> Student:
 
 def describe(verdicts: Sequence[dict[str, Any]]) -> str:
     """The cross-validation as a short table for a person."""
-    return "\n".join(f"  {one['path']:<10} {one['top1']:.0%} of held-out photos" for one in verdicts)
+    most = max((one["photos"] for one in verdicts), default=0)
+    return "\n".join(
+        f"  {one['path']:<10} {one['top1']:.0%} of held-out photos"
+        + f", given up after {one['photos']} of {most}" * (one["photos"] < most)
+        for one in verdicts
+    )

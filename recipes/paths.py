@@ -10,16 +10,16 @@ What the frozen layers say of the photos' views is computed once, for all paths 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from synthkit.errors import ConfigError, nearest
 from synthkit.images import stratified_folds
-from synthkit.metrics import log_loss, top1
+from synthkit.metrics import falls_behind, log_loss
 from synthkit.recipes.settings import AdaptSettings, TrainSettings
 from synthkit.recipes.train import real_fit_settings
 
@@ -77,12 +77,26 @@ class Verdict:
         steps: gradient steps after which the held-out photos were classified best.
         top1: share of held-out photos that were right.
         loss: mean negative log-likelihood of the held-out photos.
+        judged: whether a photo was held out, bool [N]; not all where the path fell behind early.
+        right: whether a photo was right when it was held out, bool [N].
     """
 
     path: str
     steps: int
     top1: float
     loss: float
+    judged: np.ndarray
+    right: np.ndarray
+
+    def figures(self) -> dict[str, Any]:
+        """path, steps, top1, loss, and `photos`: how many were held out."""
+        return {
+            "path": self.path,
+            "steps": self.steps,
+            "top1": self.top1,
+            "loss": self.loss,
+            "photos": int(self.judged.sum()),
+        }
 
 
 @dataclass(frozen=True)
@@ -199,7 +213,8 @@ def choose_path(site: Site) -> Choice:
     """The path to follow, and what cross-validation said of each.
 
     The photos are dealt into folds; each path is followed on all folds but one and judged on the one. The
-    path with most held-out photos right is taken, the one that changes least where several are equal.
+    path with most held-out photos right is taken, the one that changes least where several are equal. All
+    layers, whose fold costs more than all folds of the last units, are given up once they fall behind.
     """
     if len(site.candidates) == 1:
         return _as_asked(site, site.candidates[0])
@@ -207,12 +222,18 @@ def choose_path(site: Site) -> Choice:
         default = _undecided(site.start)
         reason = "the default where a class has one photo, since none can be held out"
         return Choice(default, site.steps(default), reason, [])
-    verdicts = [judge(path, site) for path in site.candidates]
-    best = max(verdicts, key=lambda verdict: verdict.top1)  # the first of equal ones, as PATHS orders them
+    verdicts: list[Verdict] = []
+    for path in site.candidates:
+        verdicts.append(judge(path, site, rival=_best(verdicts) if path is FULL else None))
+    best = _best([verdict for verdict in verdicts if verdict.judged.all()])
     reason = (
         f"{best.top1:.0%} of {len(site.labels)} held-out photos right in {site.folds}-fold cross-validation"
     )
     return Choice(PATHS[best.path], best.steps, reason, verdicts)
+
+
+def _best(verdicts: Sequence[Verdict]) -> Verdict:
+    return max(verdicts, key=lambda verdict: verdict.top1)  # the first of equal ones, as PATHS orders them
 
 
 def _as_asked(site: Site, path: AdaptPath) -> Choice:
@@ -285,16 +306,18 @@ def course(path: AdaptPath, site: Site) -> Course:
         return Course(student, student, site.examples, site.labels)
 
 
-def judge(path: AdaptPath, site: Site, only_last: bool = False) -> Verdict:
+def judge(path: AdaptPath, site: Site, only_last: bool = False, rival: Verdict | None = None) -> Verdict:
     """Follow a path once per fold, and look at the held-out photos on the way.
 
     Args:
         path: which.
         site: student and photos.
         only_last: judge what all steps lead to; otherwise the best of a few numbers of steps.
+        rival: another path's verdict; the folds that are left are not tried once this path is behind it.
     """
     begun, labels = course(path, site), site.labels
     seen: dict[int, np.ndarray] = {}  # steps -> logits of every photo, each from the fold that held it out
+    judged = np.zeros(len(labels), bool)
 
     for kept, held_out in stratified_folds(labels, site.folds, site.settings.seed):
         fold = begun.fold(kept)
@@ -304,11 +327,22 @@ def judge(path: AdaptPath, site: Site, only_last: bool = False) -> Verdict:
             logits[rows] = begun.lesson.logits(student, rows)
 
         follow(path, site, fold, look=look)
-    scored = [
-        Verdict(path.name, steps, top1(logits.argmax(1), labels), log_loss(logits, labels))
-        for steps, logits in sorted(seen.items())
-        if steps or len(seen) == 1  # a fresh start is no result, but where no step was asked for
-    ]
+        judged[held_out] = True
+        verdict = _verdict(path, seen, judged.copy(), labels, only_last)
+        if rival and falls_behind(verdict.right[judged], rival.right[judged]):
+            break
+    return verdict
+
+
+def _verdict(
+    path: AdaptPath, seen: Mapping[int, np.ndarray], judged: np.ndarray, labels: np.ndarray, only_last: bool
+) -> Verdict:
+    scored = []
+    for steps, logits in sorted(seen.items()):
+        right = (logits.argmax(1) == labels) & judged
+        share, loss = float(right[judged].mean()), log_loss(logits[judged], labels[judged])
+        if steps or len(seen) == 1:  # a fresh start is no result, but where no step was asked for
+            scored.append(Verdict(path.name, steps, share, loss, judged, right))
     return scored[-1] if only_last else max(scored, key=lambda verdict: (verdict.top1, -verdict.loss))
 
 

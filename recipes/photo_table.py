@@ -140,9 +140,9 @@ def measure(site: Site, subject: Subject, c: float) -> tuple[Answers, Choice, li
     answers[FULL.name] = trained(FULL, site, subject)
     taken = LAST_MEANS if site.head == "means" else choice.path.name
     answers[ADAPT] = {choice.steps: answers[taken][choice.steps]}
-    verdicts = [asdict(one) for one in choice.verdicts]
+    verdicts = [one.figures() for one in choice.verdicts]
     if site.folds > 1:
-        verdicts.append(asdict(judge(LAST[0], means)) | {"path": LAST_MEANS})
+        verdicts.append(judge(LAST[0], means).figures() | {"path": LAST_MEANS})
     return answers, choice, verdicts
 
 

@@ -35,3 +35,13 @@ def test_confusion_rows_are_the_true_classes() -> None:
 )
 def test_wilson_interval(right: int, total: int, interval: tuple[float, float]) -> None:
     assert metrics.wilson_interval(right, total) == pytest.approx(interval, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("won", "lost", "behind"),
+    [(0, 0, False), (0, 1, False), (0, 2, True), (2, 4, False), (1, 4, True), (4, 1, False)],
+)
+def test_falling_behind_takes_more_than_a_deviation(won: int, lost: int, behind: bool) -> None:
+    right = np.array([True] * (5 + won) + [False] * (3 + lost))
+    rival = np.array([True] * 5 + [False] * (won + 3) + [True] * lost)
+    assert metrics.falls_behind(right, rival) == behind

@@ -59,6 +59,21 @@ def wilson_interval(right: int, total: int, z: float = 1.96) -> tuple[float, flo
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def falls_behind(right: np.ndarray, rival: np.ndarray) -> bool:
+    """Whether one of two classifiers, equal in truth, would do so much worse on the same images but seldom.
+
+    Args:
+        right: whether the one is right, bool [N].
+        rival: whether the other is, bool [N].
+
+    Returns:
+        Whether the images that only the rival has right outnumber the others that only one has right by more
+        than a standard deviation of that difference (the statistic of McNemar 1947 beyond 1).
+    """
+    lost, won = int((rival & ~right).sum()), int((right & ~rival).sum())
+    return lost - won > math.sqrt(lost + won)
+
+
 def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = 15) -> float:
     """Expected calibration error: how far confidence and accuracy differ, 0..1 (Guo et al. 2017).
 

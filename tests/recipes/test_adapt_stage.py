@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("timm")
@@ -21,7 +22,7 @@ from synthkit.images import ImageSet
 from synthkit.last_layers import Views
 from synthkit.recipes import paths
 from synthkit.recipes.adapt import adapt, adapt_request, describe
-from synthkit.recipes.paths import PATHS, Site, Start, choose_path
+from synthkit.recipes.paths import FULL, PATHS, Site, Start, Verdict, choose_path
 from synthkit.recipes.settings import AdaptSettings, TrainSettings
 from synthkit.recipes.train import SYNTHETIC, Material, train
 from synthkit.students import Student, load_student, new_student
@@ -129,6 +130,34 @@ def test_the_verdicts_say_which_and_why(good: Student, photos: ImageSet, tmp_pat
     assert text.count("\n") == 4 and "unchanged  100% of held-out photos" in text
 
 
+def test_all_layers_are_given_up_once_they_fall_behind(good: Student, photos: ImageSet) -> None:
+    examples = Examples(photos, good.preprocessing)
+    chosen = choose_path(Site(Start(good, True, None), examples, SETTINGS, TRAINING))
+    figures = {verdict.path: verdict.figures() for verdict in chosen.verdicts}
+    assert figures["full"]["photos"] < 9 and figures["last-4"]["photos"] == 9
+    assert f"given up after {figures['full']['photos']} of 9" in describe(list(figures.values()))
+
+
+def test_all_layers_that_keep_up_are_judged_on_every_photo(good: Student, photos: ImageSet) -> None:
+    """A start that has lost its way, where all layers have as good a chance as any."""
+    lost = replace(SETTINGS, adapt_lr=1e-9)
+    site = Site(Start(permuted(good), True, None), Examples(photos, good.preprocessing), lost, TRAINING)
+    full = next(verdict for verdict in choose_path(site).verdicts if verdict.path == "full")
+    assert full.judged.all() and full.top1 == full.right.mean()
+
+
+def test_a_path_that_was_given_up_is_not_taken(
+    good: Student, photos: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However well it did on the few photos that it was judged on."""
+    begun = Verdict("full", 2, 1.0, 0.0, np.arange(9) < 3, np.arange(9) < 3)
+    real = paths.judge
+    monkeypatch.setattr(
+        paths, "judge", lambda path, *rest, **more: begun if path is FULL else real(path, *rest, **more)
+    )
+    assert choice(permuted(good), photos, adapt_lr=1e-9)[0] != "full"
+
+
 def test_no_photo_is_judged_by_a_student_that_saw_it(
     good: Student, photos: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,7 +180,7 @@ def test_no_photo_is_judged_by_a_student_that_saw_it(
     watching(Examples)
     watching(Views)
     choice(good, photos)
-    assert len(folds) == 5 * 3, "five paths in three folds"
+    assert len(folds) == 4 * 3 + 1, "four paths in three folds, all layers in the one where they fell behind"
     assert all(learned | judged == set(range(9)) and not learned & judged for learned, judged in folds)
 
 
