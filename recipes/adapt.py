@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from synthkit.artifacts import Request, StageResult, fingerprint, read_manifest, run_stage
 from synthkit.errors import DataError, ModelError
 from synthkit.images import ImageSet
-from synthkit.recipes.paths import FULL, Choice, Site, Start, candidates, choose_path, course, follow
+from synthkit.recipes.path_choice import Choice, choose_path
+from synthkit.recipes.paths import FULL, Site, Start, candidates, course, follow
 from synthkit.recipes.settings import AdaptSettings, TrainSettings
 from synthkit.recipes.train import SYNTHETIC, Material, untrained_student, weights_fingerprint
 

@@ -29,13 +29,13 @@ from synthkit.artifacts import versions, write_json
 from synthkit.images import ImageSet, check_disjoint, k_shot
 from synthkit.metrics import top1
 from synthkit.one_line import OneLineErrors
+from synthkit.recipes.path_choice import choose_path
 from synthkit.recipes.paths import (
     LAST,
     PATHS,
     AdaptPath,
     Site,
     Start,
-    choose_path,
     course,
     fit_settings,
     follow,
@@ -194,7 +194,7 @@ def _first_classes(images: ImageSet, count: int) -> ImageSet:
 @click.option(
     "--path", default="last-1", type=click.Choice(["last-1", "last-2", "last-4"]), show_default=True
 )
-@click.option("--steps", default=AdaptSettings.adapt_steps, show_default=True, help="Gradient steps.")
+@click.option("--steps", type=int, help="Gradient steps.  [default: those of `adapt`]")
 @click.option("--views", default=AdaptSettings.views, show_default=True, help="Views of a photo.")
 @click.option("--whole/--no-whole", "with_whole", default=True, help="Time cross-validation too.")
 @click.option("--runs", default=3, show_default=True)
@@ -208,7 +208,7 @@ def main(
     classes: int,
     shots: int,
     path: str,
-    steps: int,
+    steps: int | None,
     views: int,
     with_whole: bool,
     runs: int,

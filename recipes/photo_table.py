@@ -28,7 +28,8 @@ from synthkit.artifacts import Request, run_stage, write_bytes, write_json
 from synthkit.images import ImageSet, check_disjoint, k_shot
 from synthkit.metrics import top1
 from synthkit.one_line import OneLineErrors
-from synthkit.recipes.paths import FULL, LAST, Choice, Site, Start, choose_path, course, follow, judge
+from synthkit.recipes.path_choice import Choice, choose_path, judge
+from synthkit.recipes.paths import FULL, LAST, Site, Start, course, follow
 from synthkit.recipes.photo_summary import ADAPT, markdown, summary
 from synthkit.recipes.settings import AdaptSettings, TrainSettings
 from synthkit.recipes.train import weights_fingerprint
@@ -228,7 +229,7 @@ def _subjects(
 @click.option("--seeds", default=3, show_default=True, help="Draws per number of shots.")
 @click.option("--size", default=96, show_default=True, help="Input side of the students in pixels.")
 @click.option("--test-images", default=300, show_default=True, help="Test images of a set at the most.")
-@click.option("--adapt-steps", default=AdaptSettings.adapt_steps, show_default=True, help="Of `adapt`.")
+@click.option("--adapt-steps", type=int, help="Of `adapt`.  [default: its own]")
 @click.option("--full-steps", default=30, show_default=True, help="Gradient steps over all layers.")
 @click.option("--full-lr", default=0.0005, show_default=True, help="Peak learning rate of all layers.")
 @click.option("--c", default=100.0, show_default=True, help="scikit-learn's C.")
@@ -241,7 +242,7 @@ def main(
     seeds: int,
     size: int,
     test_images: int,
-    adapt_steps: int,
+    adapt_steps: int | None,
     full_steps: int,
     full_lr: float,
     c: float,

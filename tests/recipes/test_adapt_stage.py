@@ -20,9 +20,10 @@ from synthkit.artifacts import StageResult
 from synthkit.errors import ConfigError, DataError, ModelError
 from synthkit.images import ImageSet
 from synthkit.last_layers import Views
-from synthkit.recipes import paths
+from synthkit.recipes import path_choice, paths
 from synthkit.recipes.adapt import adapt, adapt_request, describe
-from synthkit.recipes.paths import FULL, PATHS, Site, Start, Verdict, choose_path
+from synthkit.recipes.path_choice import Verdict, choose_path
+from synthkit.recipes.paths import FULL, PATHS, Site, Start
 from synthkit.recipes.settings import AdaptSettings, TrainSettings
 from synthkit.recipes.train import SYNTHETIC, Material, train
 from synthkit.students import Student, load_student, new_student
@@ -151,9 +152,9 @@ def test_a_path_that_was_given_up_is_not_taken(
 ) -> None:
     """However well it did on the few photos that it was judged on."""
     begun = Verdict("full", 2, 1.0, 0.0, np.arange(9) < 3, np.arange(9) < 3)
-    real = paths.judge
+    real = path_choice.judge
     monkeypatch.setattr(
-        paths, "judge", lambda path, *rest, **more: begun if path is FULL else real(path, *rest, **more)
+        path_choice, "judge", lambda path, *rest, **more: begun if path is FULL else real(path, *rest, **more)
     )
     assert choice(permuted(good), photos, adapt_lr=1e-9)[0] != "full"
 

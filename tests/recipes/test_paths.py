@@ -19,7 +19,8 @@ from synthkit.images import ImageSet
 from synthkit.last_layers import before_last, head_from_means, see, split
 from synthkit.recipes import paths
 from synthkit.recipes.adapt import adapt
-from synthkit.recipes.paths import FULL, LAST, UNCHANGED, Site, Start, candidates, choose_path, course, follow
+from synthkit.recipes.path_choice import choose_path
+from synthkit.recipes.paths import FULL, LAST, UNCHANGED, Site, Start, candidates, course, follow
 from synthkit.recipes.settings import AdaptSettings, TrainSettings
 from synthkit.students import Student, load_student
 from synthkit.training import Examples
