@@ -261,6 +261,38 @@ def test_an_unchanged_stage_is_skipped(trained: Path, photos: ImageSet, tmp_path
     assert again.skipped and again.manifest == first.manifest
 
 
+def test_names_folders_and_order_of_the_photos_change_no_weight(
+    trained: Path, photos: ImageSet, tmp_path: Path
+) -> None:
+    for item in photos.items:
+        folder = tmp_path / "elsewhere" / photos.classes[item.label] / item.sha256[:2]
+        folder.mkdir(parents=True)
+        shutil.copy(item.path, folder / f"photo {item.sha256[:6]}.png")
+    moved_photos = ImageSet.scan(tmp_path / "elsewhere")
+    first = run(trained, photos, tmp_path / "first", path="last-2")
+    other = run(trained, moved_photos, tmp_path / "other", path="last-2")
+    assert not moved(first.out, other.out)
+    assert first.manifest.metrics == other.manifest.metrics
+
+
+def test_the_number_of_threads_changes_no_answer(trained: Path, photos: ImageSet, tmp_path: Path) -> None:
+    """Sums may round otherwise; what is chosen and answered stays."""
+    before, found = torch.get_num_threads(), {}
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            result = run(trained, photos, tmp_path / str(threads))
+            student = load_student(result.out)
+            found[threads] = (
+                student.logits(photos.load(student.preprocessing)),
+                result.manifest.metrics["path"],
+            )
+    finally:
+        torch.set_num_threads(before)
+    assert found[1][1] == found[2][1]
+    torch.testing.assert_close(found[1][0], found[2][0], rtol=1e-3, atol=1e-3)
+
+
 def test_what_changes_the_result_redoes_it(
     good: Student, trained: Path, photos: ImageSet, tmp_path: Path
 ) -> None:
