@@ -104,6 +104,13 @@ def test_force_redoes(tmp_path: Path) -> None:
     assert (tmp_path / "out/deep/dish.txt").read_text() == "new"
 
 
+def test_younger_files_of_the_same_content_are_no_change(tmp_path: Path) -> None:
+    out = run(tmp_path / "out", cooked()).out
+    for path in (out / MANIFEST, out / "deep/dish.txt"):  # as a copy leaves them
+        os.utime(path)
+    assert run(out, cooked()).skipped
+
+
 @pytest.mark.parametrize("harm", ["remove", "grow", "edit", "add", "manifest"])
 def test_tampering_is_noticed(tmp_path: Path, harm: str) -> None:
     out = run(tmp_path / "out", cooked()).out

@@ -31,7 +31,6 @@ from synthkit.errors import WorkspaceError
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-_TEXT = {".json", ".jsonl", ".toml", ".txt"}
 _KEY_FILE = ".key.json"  # lies in a partial folder and says which inputs it was begun with
 _REPORTED = (
     "numpy pillow torch torchvision timm diffusers transformers optimum-onnx onnx "
@@ -154,16 +153,18 @@ def _files(folder: Path) -> list[Path]:
 
 
 def is_intact(folder: Path, manifest: Manifest) -> bool:
-    """Whether the folder holds just the files of its manifest: by name and size, and text by its content too.
+    """Whether the folder holds just the files of its manifest, by name, size and, where touched, by content.
 
-    Text is what people edit; reading all images and weights again would take longer than it is worth.
+    A file as old as the manifest is taken for what it was: to read all images and weights again at every run
+    would take longer than many a stage. In a copy of the folder all files may be younger, and are read.
     """
     present = {str(path.relative_to(folder)): path for path in _files(folder)}
     if present.keys() != manifest.outputs.keys():
         return False
+    written = (folder / MANIFEST).stat().st_mtime_ns
     return all(
-        path.stat().st_size == manifest.outputs[name]["bytes"]
-        and (path.suffix not in _TEXT or file_sha256(path) == manifest.outputs[name]["sha256"])
+        (found := path.stat()).st_size == manifest.outputs[name]["bytes"]
+        and (found.st_mtime_ns < written or file_sha256(path) == manifest.outputs[name]["sha256"])
         for name, path in present.items()
     )
 
