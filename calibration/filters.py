@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from synthkit.artifacts import fingerprint, read_manifest
+from synthkit.artifacts import fingerprint
 from synthkit.calibration.class_judge import ClassJudge, Words, open_judge
 from synthkit.calibration.duplicates import moved_distance, near_any, reach, repeats
 from synthkit.calibration.image_traits import Named, Traits, measure, open_picture
@@ -37,8 +37,6 @@ NONE = "none"
 
 _ONE_COLOUR = 2.0  # grey levels: the standard deviation that compression may leave of a plain area
 _ALWAYS_FINE = 0.05  # share of clipped values that is no reason to reject, however few the photos have
-
-_BEFORE_REAL = "synthetic"  # subfolder: the student as it was before it saw a photo (synthkit.recipes.train)
 
 
 class Choices(Protocol):
@@ -156,7 +154,9 @@ def fit_filters(choices: Choices, photos: ImageSet | None, test: ImageSet | None
 
 
 def _open_judge(folder: Path, photos: ImageSet | None, words: Words) -> ClassJudge:
-    judge = open_judge(_before_photos(folder, photos), words)
+    from synthkit.students import before_photos
+
+    judge = open_judge(before_photos(folder, photos) if photos else folder, words)
     unknown = [name for name in photos.classes if name not in judge.classes] if photos else []
     if photos and unknown:
         raise DataError(
@@ -164,22 +164,6 @@ def _open_judge(folder: Path, photos: ImageSet | None, words: Words) -> ClassJud
             f"{', '.join(map(repr, unknown))}; give photos of the set's own classes"
         )
     return judge
-
-
-def _before_photos(folder: Path, photos: ImageSet | None) -> Path:
-    """The student as it was before it learned these photos: of those it would be surer than of any other."""
-    manifest = read_manifest(folder)
-    if not manifest or not photos or manifest.inputs.get("photos") != photos.digest:
-        return folder
-    if (folder / _BEFORE_REAL / "config.json").is_file():
-        log.info("filter: %s has learned these photos; %s in it has not, and judges", folder, _BEFORE_REAL)
-        return folder / _BEFORE_REAL
-    log.warning(
-        "filter: the classifier %s has learned these very photos, so that its threshold is too strict; "
-        "a folder that `synthkit train --synth-dir` wrote, or CLIP, would do better",
-        folder,
-    )
-    return folder
 
 
 def _named(images: ImageSet) -> list[Named]:

@@ -180,7 +180,7 @@ class EnginePipeline:
             guidance: guidance scale, one or n; at 1 or less the unconditional half is not computed.
             names: what an error calls the images; by default their seeds.
             start: n images to start from; None: from noise alone.
-            blank: whether an image of one colour passes.
+            blank: whether an image of one colour passes; one with NaN is drawn black then.
 
         Returns:
             uint8 [n, height, width, 3].
@@ -198,6 +198,8 @@ class EnginePipeline:
 
         with ThreadPoolExecutor(self.workers) as pool:
             images = np.concatenate(list(pool.map(part, self._parts(len(seeds)))))
+        if blank:
+            images[~np.isfinite(images).all(axis=(1, 2, 3))] = -1  # NaN: black all over, so blank
         _check_images(images, names or [f"of seed {seed}" for seed in seeds], blank)
         return _to_uint8(images)
 
@@ -362,7 +364,7 @@ def _check_images(images: np.ndarray, names: Sequence[str], blank: bool) -> None
             listed = ", ".join(name for name, one in zip(names, bad, strict=True) if one)
             raise EngineError(
                 f"{bad.sum()} of {len(images)} images came out {what}: {listed}; "
-                "rebuild the engines with --precision fp32"
+                "rebuild the engines with --precision fp32, or draw others in their place with --filter blank"
             )
 
 

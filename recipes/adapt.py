@@ -1,8 +1,8 @@
 """`adapt`: the student meets the site. Its last layers learn the real photos, by the path that suits them.
 
-    student/synthetic/ ──┬─ unchanged ────────────────────────────────┐
-                         ├─ last 1, 2 or 4 units, head kept ──────────┼─ cross-validated on photos ─► adapted/
-    student/ ────────────┴─ full: all layers, new head (bridged++) ───┘
+    student/synthetic/ ──┬─ unchanged ───────────────────────────────┐
+                         ├─ last 1, 2 or 4 units, head as --head has ┼─ cross-validated on photos ─► adapted/
+    student/ ────────────┴─ full: all layers, new head (bridged++) ──┘
 
 Hennicke et al. 2024 (arXiv 2405.03243) find the synthetic-to-real drop in the last layers, Li et al. 2024
 (arXiv 2403.19866) retrain all of them; which of the two wins depends on the site, so the photos decide.
@@ -17,12 +17,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from synthkit.artifacts import Request, StageResult, fingerprint, read_manifest, run_stage
+from synthkit.curves import CURVES
 from synthkit.errors import DataError, ModelError
 from synthkit.images import ImageSet
 from synthkit.recipes.path_choice import Choice, choose_path
 from synthkit.recipes.paths import FULL, Site, Start, candidates, course, follow
+from synthkit.recipes.procedures import BRIDGED
 from synthkit.recipes.settings import AdaptSettings, TrainSettings
-from synthkit.recipes.train import SYNTHETIC, Material, untrained_student, weights_fingerprint
+from synthkit.recipes.train import (
+    SYNTHETIC,
+    Material,
+    key_settings,
+    untrained_student,
+    weights_fingerprint,
+)
 
 if TYPE_CHECKING:
     from synthkit.students import Student
@@ -83,7 +91,7 @@ def adapt(
         site = Site(start, examples, settings, training)
         choice = choose_path(site)
         log.info("adapt: %s, %s", choice.path.name, choice.reason)
-        _student(site, choice).save(work)
+        _student(site, choice, work / CURVES).save(work)
         scores = [verdict.figures() for verdict in choice.verdicts]
         metrics = {"path": choice.path.name, "steps": choice.steps, "reason": choice.reason}
         return {**metrics, "cross_validation": scores}
@@ -105,22 +113,25 @@ def _start(student_dir: Path | None, training: TrainSettings, photos: ImageSet) 
         )
     manifest = read_manifest(student_dir)
     learned = manifest is not None and manifest.inputs.get("photos") == photos.digest
-    if learned and not synthetic.is_dir():
+    if manifest and learned and synthetic.is_dir():
+        as_full = training.procedure == BRIDGED and manifest.config == key_settings(training)
+        return Start(student, True, load_student(student_dir) if as_full else None)
+    if learned:
         log.warning(
             "adapt: %s has learned these very photos, so cross-validation favours leaving it unchanged; "
             "name the path with --layers, or adapt the student of --procedure synthetic",
             student_dir,
         )
-    return Start(student, True, load_student(student_dir) if learned and synthetic.is_dir() else None)
+    return Start(student, True, None)
 
 
-def _student(site: Site, choice: Choice) -> Student:
+def _student(site: Site, choice: Choice, curves: Path) -> Student:
     """The student at the end of the path."""
     as_trained = site.settings.head in ("auto", "new") and choice.steps == site.training.real_steps
     if choice.path is FULL and site.start.full and as_trained:
         return site.start.full
     begun = course(choice.path, site)
-    follow(choice.path, site, begun, stop=choice.steps)
+    follow(choice.path, site, begun, stop=choice.steps, curves=curves)
     return begun.whole
 
 

@@ -26,6 +26,7 @@ from typing import Any
 import click
 
 from synthkit.artifacts import MANIFEST, file_sha256
+from synthkit.engines.pipeline import EnginePipeline
 from synthkit.engines.session import OrtSession, usable_threads
 from synthkit.errors import EngineError
 from synthkit.one_line import OneLineErrors
@@ -89,7 +90,7 @@ class Trial:
         with session_clock() as clock:
             metrics = generate(settings, self.engines_dir, words, self.style, out).manifest.metrics
         loop = metrics["written"] / metrics["images_per_second"] if metrics["written"] else 0.0
-        inside = clock() / usable_threads() / loop if loop else None
+        inside = clock() / EnginePipeline(self.engines_dir).workers / loop if loop else None
         return {
             **metrics,
             "loop_seconds": round(loop, 3),

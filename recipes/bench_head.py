@@ -146,7 +146,8 @@ def refit(place: Place, student: Student, old: ImageSet, new: ImageSet, test_dir
     bundle = shutil.copytree(place.root / "bundle", place.root / "refit")
     timed = device_adapt(bundle, "--real-dir", new_dir)
     bundle = shutil.copytree(place.root / "bundle", place.root / "measured")
-    measured = device_adapt(bundle, "--real-dir", new_dir, "--test-dir", test_dir)
+    # A head that is worse on held-out photos would stay out, and with it the figures.
+    measured = device_adapt(bundle, "--real-dir", new_dir, "--test-dir", test_dir, "--force")
     test = ImageSet.scan(test_dir).with_classes(student.classes)
     scratch = student.clone()
     regress(scratch, new)
@@ -168,7 +169,7 @@ def add_class(place: Place, added: ImageSet, shots: int, name: str, test_dir: Pa
     """One class more from its photos alone, on a bundle that remembers the old ones."""
     shown = place.linked(f"add-{shots}", added, range(shots))
     bundle = shutil.copytree(place.root / "bundle", place.root / f"bundle-{shots}")
-    found = device_adapt(bundle, "--real-dir", shown, "--new-class", name, "--test-dir", test_dir)
+    found = device_adapt(bundle, "--real-dir", shown, "--new-class", name, "--test-dir", test_dir, "--force")
     old = found["old_classes_tested"]
     return {
         "shots": shots,

@@ -16,22 +16,27 @@ from typing import Any
 from synthkit.artifacts import Request, StageResult, read_manifest, stage_state
 from synthkit.calibration.filters import filter_inputs
 from synthkit.config import override
+from synthkit.errors import ConfigError
 from synthkit.images import ImageSet, class_synonyms
-from synthkit.models import prompt_synonyms, resolve_model
+from synthkit.models import prompt_synonyms, refuse_two_encoders, resolve_model
 from synthkit.recipes.adapt import adapt, adapt_request
 from synthkit.recipes.build_engines import base_model, build_engines, build_engines_request
 from synthkit.recipes.export import export_request, run_export
 from synthkit.recipes.generate import Screening, generate, generate_request
 from synthkit.recipes.learn_style import TOKEN_FILE, learn_style, learn_style_request
+from synthkit.recipes.paths import candidates
+from synthkit.recipes.precisions import chosen_precisions
+from synthkit.recipes.set_plan import make_plan
 from synthkit.recipes.settings import (
     AdaptSettings,
     EngineSettings,
+    ExportSettings,
     FilterSettings,
     GenerateSettings,
     StyleSettings,
     TrainSettings,
 )
-from synthkit.recipes.train import Material, train, train_request
+from synthkit.recipes.train import Material, check_settings, train, train_request, weights_fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +94,7 @@ class ChainSettings:
     filter: FilterSettings = field(default_factory=FilterSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
     adapt: AdaptSettings = field(default_factory=AdaptSettings)
+    export: ExportSettings = field(default_factory=ExportSettings)
 
 
 def remembered_model(
@@ -139,11 +145,12 @@ def chain_stages(
         test: test images, which the filter "leak" keeps away from synthetic ones.
         force: adapt and export again even when nothing changed.
     """
+    _check_settings(settings, knows_classes=synth or student_dir is not None)
     if synth and student_dir is None:
         yield from _synthetic_stages(settings, workspace, photos, test)
         student_dir = workspace.student
     yield adapt(settings.adapt, settings.train, student_dir, photos, workspace.adapted, force)
-    yield run_export(workspace.adapted, workspace.bundle, photos, force)
+    yield run_export(workspace.adapted, workspace.bundle, photos, force, settings.export)
 
 
 def _synthetic_stages(
@@ -151,9 +158,9 @@ def _synthetic_stages(
 ) -> Iterator[StageResult]:
     from synthkit.students import check_architecture
 
-    check_architecture(settings.train.student)  # before the minutes that the stages before it take
-    filter_inputs(settings.filter, photos, test)  # likewise: refuses a filter that lacks what it needs
-    words = words_for_prompts(settings.engines, photos)  # likewise: refuses classes that cannot be drawn
+    check_architecture(settings.train.student)
+    _check_generation(settings, workspace, photos, test, download=True)
+    words = words_for_prompts(settings.engines, photos)
     yield build_engines(settings.engines, workspace.engines)
     model = base_model(workspace.engines)
     yield learn_style(settings.style, model, photos, words, workspace.style)
@@ -162,6 +169,31 @@ def _synthetic_stages(
     yield generate(settings.generate, workspace.engines, several, token, workspace.synthetic, **about)
     material = Material(ImageSet.scan(workspace.synthetic), photos)
     yield train(settings.train, material, workspace.student)
+
+
+def _check_settings(settings: ChainSettings, knows_classes: bool) -> None:
+    """Refuse what a later stage would refuse, before the minutes and hours of the stages before it."""
+    candidates(settings.adapt, knows_classes)
+    chosen_precisions(settings.export.precision)
+    check_settings(settings.train)
+    if settings.train.weights:
+        weights_fingerprint(Path(settings.train.weights))
+
+
+def _check_generation(
+    settings: ChainSettings, workspace: Workspace, photos: ImageSet, test: ImageSet | None, download: bool
+) -> None:
+    """The same of what is needed for synthetic images alone."""
+    refuse_two_encoders(resolve_model(settings.engines.model, download=download))
+    words = synonyms_for_prompts(settings.engines, photos, download=download)
+    make_plan(settings.generate, words, [(settings.style.token, 1.0)], photos)
+    filter_inputs(settings.filter, photos, test)
+    judge = Path(settings.filter.classifier or "/").resolve()
+    if any(judge.is_relative_to(made.resolve()) for made in (workspace.student, workspace.adapted)):
+        raise ConfigError(
+            f"--classifier {settings.filter.classifier} is made by this very run from the set that it would "
+            "judge; give a student of another workspace, or CLIP"
+        )
 
 
 def words_for_prompts(settings: EngineSettings, photos: ImageSet, *, download: bool = True) -> dict[str, str]:
@@ -198,6 +230,7 @@ def plan_chain(
 ) -> dict[str, str]:
     """Stage -> its state, without doing anything; what follows a stage that must run is to run as well."""
     plan: dict[str, str] = {}
+    _check_settings(settings, knows_classes=synth or student_dir is not None)
     for stage in _requests(settings, workspace, photos, synth and student_dir is None, student_dir, test):
         plan[stage.stage] = stage_state(stage)
         if plan[stage.stage] != "unchanged":
@@ -218,7 +251,7 @@ def _requests(
 ) -> Iterator[Request]:
     """Each stage's request, made only once the stages before it are known to be there."""
     if synth:
-        filter_inputs(settings.filter, photos, test)  # refused whichever stage is the first to run
+        _check_generation(settings, workspace, photos, test, download=False)
         words = words_for_prompts(settings.engines, photos, download=False)
         yield build_engines_request(settings.engines, workspace.engines)
         model = base_model(workspace.engines)
@@ -233,4 +266,4 @@ def _requests(
         yield train_request(settings.train, material, workspace.student)
         student_dir = workspace.student
     yield adapt_request(settings.adapt, settings.train, student_dir, photos, workspace.adapted)
-    yield export_request(workspace.adapted, workspace.bundle, photos)
+    yield export_request(workspace.adapted, workspace.bundle, photos, settings.export)

@@ -2,8 +2,8 @@
 
     real-dir ──k photos per class──► cell ──chain, few-shot only──► predictions on test-dir ──► table
 
-At one seed a draw of more shots contains the smaller ones, and all methods see the same photos for the same
-number of gradient steps. A cell that is done is skipped, one that was interrupted goes on.
+At one seed a draw of more shots contains the smaller ones, and all methods see the same photos, for as many
+gradient steps as `synthkit.recipes.methods` says. A cell that is done is skipped, an interrupted one goes on.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ import numpy as np
 from tqdm import tqdm
 
 from synthkit import metrics
-from synthkit.artifacts import Request, run_stage, versions, write_json
+from synthkit.artifacts import Request, digest, run_stage, versions, write_json
 from synthkit.images import ImageSet, check_disjoint, k_shot
+from synthkit.models import model_fingerprint, resolve_model
 from synthkit.recipes.build_engines import build_engines
 from synthkit.recipes.chain import ChainSettings, Workspace
 from synthkit.recipes.methods import ADAPTED, METHODS, Draw, answers
 from synthkit.recipes.procedures import BRIDGED
+from synthkit.recipes.train import weights_fingerprint
 
 _PREDICTIONS = "predictions.json"
 
@@ -80,10 +82,12 @@ def seeded(settings: ChainSettings, seed: int) -> ChainSettings:
     )
 
 
-def cell_draw(settings: ChainSettings, root: Path, photos: ImageSet, cell: Cell) -> Draw:
+def cell_draw(
+    settings: ChainSettings, root: Path, photos: ImageSet, cell: Cell, test: ImageSet | None = None
+) -> Draw:
     """A cell's photos with its seed in every stage, and its workspace below `root`."""
     place = Workspace(root / f"{cell.shots}-shot-{cell.seed}", shared_engines=Workspace(root).engines)
-    return Draw(seeded(settings, cell.seed), place, photos)
+    return Draw(seeded(settings, cell.seed), place, photos, test=test)
 
 
 def run_cell(
@@ -105,8 +109,12 @@ def run_cell(
         cell: which draw.
     """
     photos = pool.subset(k_shot(pool, cell.shots, cell.seed))
-    draw = cell_draw(settings, root, photos, cell)
-    inputs = {"photos": photos.digest, "test": test.digest}
+    draw = cell_draw(settings, root, photos, cell, test)
+    model = resolve_model(settings.engines.model)
+    inputs = {"photos": photos.digest, "test": test.digest, "model": model_fingerprint(model)}
+    inputs["words"] = digest(draw.synonyms)
+    if settings.train.weights:
+        inputs["weights"] = weights_fingerprint(Path(settings.train.weights))
     config = {**asdict(draw.settings), "methods": list(methods)}
 
     def produce(work: Path) -> dict[str, Any]:
@@ -174,8 +182,13 @@ def _measured(measure_cell: Callable[[Cell], Scores], cells: Sequence[Cell], job
     os.environ |= {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}  # read by the child processes
     with ProcessPoolExecutor(jobs, get_context("spawn")) as processes:
         tasks = [processes.submit(measure_cell, cell) for cell in cells]
-        for task in tqdm(as_completed(tasks), total=len(tasks), desc="compare", unit="cell", disable=False):
-            yield task.result()
+        try:
+            for task in tqdm(
+                as_completed(tasks), total=len(tasks), desc="compare", unit="cell", disable=False
+            ):
+                yield task.result()
+        finally:
+            processes.shutdown(cancel_futures=True)  # after an error the cells not begun would take hours
 
 
 def rows(scores: Sequence[Scores], labels: np.ndarray) -> list[dict[str, Any]]:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from synthkit.students import Student
 
 _MEASURES = ("top1", "frechet", "coverage", "density")
+_FEWEST = 6  # a photo and its five neighbours
 
 
 def set_folders(cell: Path) -> dict[str, Path]:
@@ -50,6 +51,10 @@ def measure_set(
         real: features of the real photos, float32 [N, D].
         labels: class indices of the real photos [N].
     """
+    if (fewest := int(np.bincount(labels).min())) < _FEWEST:
+        raise DataError(
+            f"a class has {fewest} real photos to compare with; density and coverage need {_FEWEST} of each"
+        )
     features = student.features(synthetic.load(student.preprocessing))
     of_classes = [
         density_and_coverage(real[labels == label], features[synthetic.labels == label])

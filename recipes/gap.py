@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from synthkit.students import Student
 
 _NEIGHBOURS = 5  # as Naeem et al. 2020 use; fewer where a class has no more photos
+_FOLDS = 5  # of the photos, to see how far the head that only saw photos is to be trusted
 _DRAWS = 10  # of equally many images, for a distance beside that of two halves of the photos
 _CHANNELS = ("red", "green", "blue")
 _TRAITS = (*(f"{name} mean" for name in _CHANNELS), *(f"{name} contrast" for name in _CHANNELS), "sharpness")
@@ -67,7 +68,7 @@ def measure_gap(
         DataError: the classes differ.
     """
     check_classes(synthetic, real)
-    chosen = [_first(one, most) for one in (real, synthetic)]
+    chosen = [_first(one, most) for one in (real.distinct(), synthetic)]
     photos, drawn = (_seen(student, one) for one in chosen)
     confusion, trusted = _confusion(photos, drawn, len(real.classes), seed)
     per_class = {
@@ -170,7 +171,7 @@ def _confusion(
     predicted = _real_head(photos.features, photos.labels, drawn.features)
     right = [
         _real_head(photos.features[learn], photos.labels[learn], photos.features[hold]) == photos.labels[hold]
-        for learn, hold in stratified_folds(photos.labels, _NEIGHBOURS, seed)
+        for learn, hold in stratified_folds(photos.labels, _FOLDS, seed)
     ]
     held_out = np.concatenate(right) if right else np.zeros(0)
     return metrics.confusion(predicted, drawn.labels, classes), {

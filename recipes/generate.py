@@ -177,7 +177,8 @@ def generate(
 ) -> StageResult:
     """Draw the synthetic set, or find it drawn; an interrupted one is gone on with.
 
-    A finished set that lost files, or whose files were changed, gets just these again.
+    A finished set that lost files, or whose files were changed, gets just these again; with filters, whose
+    verdicts are on whole sets, it is drawn anew.
 
     Args:
         settings: the stage's settings.
@@ -210,8 +211,8 @@ def generate(
         rounds = Rounds(work, plan, screening.choices.retries)
         if not filtered and not force:
             _take_over(request, rounds.images)
-        words = {name: several[0] for name, several in plan.words.items()}
-        filters = fit_filters(screening.choices, photos, screening.test, words) if filtered else None
+        asked = (screening.choices, photos, screening.test, plan.words)
+        filters = fit_filters(*asked) if filtered else None
         drawn = _draw_rounds(rounds, filters, work, lambda images: _draw(settings, job, images, work))
         _write_metadata(work, rounds.images, job, request)
         rejected_grids(work)

@@ -15,7 +15,6 @@ import numpy as np
 
 from synthkit.artifacts import Request, StageResult, run_stage, write_json
 from synthkit.contact_sheet import contact_sheet
-from synthkit.errors import ConfigError
 from synthkit.images import ImageSet, Preprocessing
 from synthkit.models import model_fingerprint, resolve_model, weights_fingerprint
 from synthkit.recipes.settings import StyleSettings
@@ -49,6 +48,7 @@ def learn_style_request(
         out: the folder to write.
     """
     config = asdict(settings)
+    del config["device"]
     if not settings.early_stop:
         del config["checkpoint_every"]  # changes nothing in the result
     return Request(
@@ -90,8 +90,11 @@ def _produce(
 ) -> dict[str, Any]:
     from synthkit.calibration.looks import group_by_look
     from synthkit.diffusion import encode_images, image_size, load_parts
+    from synthkit.gradients import best_device
 
-    parts = load_parts(resolve_model(model), _device(settings.device))
+    if settings.early_stop:
+        photos = photos.distinct()  # a copy of a photo held out must not be learned
+    parts = load_parts(resolve_model(model), str(best_device(settings.device)))
     pixels = photos.load(whole_picture(image_size(parts)))
     latents = encode_images(parts.vae, pixels)
     groups = group_by_look(latents.cpu().numpy(), photos.labels, settings.clusters, settings.seed)
@@ -163,15 +166,6 @@ def _fit(
 
 def _checkpoint(work: Path, number: int) -> Path:
     return work / (f".inversion-{number + 1}.safetensors" if number else ".inversion.safetensors")
-
-
-def _device(asked: str) -> str:
-    import torch
-
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    if asked == "cuda" != found:
-        raise ConfigError("--device cuda: torch finds no GPU here; `synthkit doctor` tells why")
-    return found if asked == "auto" else asked
 
 
 def _preview(settings: StyleSettings, parts: DiffusionParts, names: Sequence[str], work: Path) -> Preview:

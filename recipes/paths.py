@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -215,6 +216,7 @@ def follow(
     *,
     stop: int | None = None,
     look: Callable[[int], None] | None = None,
+    curves: Path | None = None,
 ) -> None:
     """Train along a path, in place.
 
@@ -224,6 +226,7 @@ def follow(
         begun: what is trained, and on which photos.
         stop: gradient steps after which to stop on the schedule of all; None: all.
         look: called with the number of steps done, before the first and a few times on the way.
+        curves: file for losses and learning rates.
     """
     from synthkit.last_layers import head_from_means
     from synthkit.training import fit
@@ -233,7 +236,8 @@ def follow(
         head_from_means(begun.trained, _head_name(begun.whole), begun.lesson, begun.labels)
     settings = replace(fit_settings(path, site), stop=stop)
     every = max(1, settings.steps // _CHECKPOINTS)
-    fit(begun.trained, begun.lesson, settings, label=path.name, watch=(every, look) if look else None)
+    watch = (every, look) if look else None
+    fit(begun.trained, begun.lesson, settings, label=path.name, watch=watch, curves=curves)
 
 
 def _head_name(student: Student) -> str:

@@ -82,6 +82,7 @@ class Probe:
         test: photos to measure with.
         training: of `train`; its student, weights, learning rate, batch size and number of epochs.
         root: folder of the cells.
+        like: the synthetic set that steps and input size follow from; None: `synthetic`.
     """
 
     synthetic: ImageSet
@@ -89,12 +90,13 @@ class Probe:
     test: ImageSet
     training: TrainSettings
     root: Path
+    like: ImageSet | None = None
     students: dict[str, Student] = field(default_factory=dict)
 
     @cached_property
     def initial(self) -> Student:
         """The student that every training begins with."""
-        return untrained_student(self.training, Material(self.synthetic, self.real))
+        return untrained_student(self.training, Material(self.like or self.synthetic, self.real))
 
     @cached_property
     def labels(self) -> np.ndarray:
@@ -106,13 +108,18 @@ class Probe:
         return self.synthetic if domain == SYNTHETIC else self.real
 
     def fit_settings(self) -> FitSettings:
-        """The same for every training: as many steps as `train` takes on the synthetic images."""
-        steps = synthetic_steps(self.training, Material(self.synthetic, None))
-        return real_fit_settings(replace(self.training, real_steps=steps))
+        """The same for every training: as many steps as `train` takes on the synthetic images.
+
+        One learning rate for all layers: a student that was cut has no groups of them.
+        """
+        steps = synthetic_steps(self.training, Material(self.like or self.synthetic, None))
+        return real_fit_settings(replace(self.training, real_steps=steps, layer_decay=1.0))
 
     def cell(self, name: str, measure: Callable[[Path], float], **about: Any) -> float:
         """A cell's top-1, measured now or before; `about` is what else its result depends on."""
         inputs = {"synthetic": self.synthetic.digest, "real": self.real.digest, "test": self.test.digest}
+        if self.like:
+            inputs["like"] = self.like.digest
         if self.training.weights:
             inputs["weights"] = weights_fingerprint(Path(self.training.weights))
         config = {**self.training.keyed(), "weights": bool(self.training.weights), **about}
@@ -330,8 +337,9 @@ def _with_real_statistics(probe: Probe) -> float:
 def prompts(probe: Probe, others: Mapping[str, ImageSet]) -> Iterator[dict[str, Any]]:
     """Top-1 of students of other synthetic sets, such as one drawn from captions of the real photos."""
     for name, images in others.items():
-        other = replace(probe, synthetic=images.with_classes(probe.real.classes), students={})
-        top = replace(other, root=probe.root / f"prompts-{name}").trained(SYNTHETIC)
+        folder, drawn = probe.root / f"prompts-{name}", images.with_classes(probe.real.classes)
+        other = replace(probe, synthetic=drawn, students={}, root=folder, like=probe.synthetic)
+        top = other.trained(SYNTHETIC)
         yield {"switch": f"prompts {name}", SYNTHETIC: top}
 
 
@@ -345,11 +353,12 @@ def held_out(real: ImageSet, test: ImageSet | None, seed: int) -> tuple[ImageSet
         test = test.with_classes(real.classes)
         check_disjoint(real, test, (str(real.root), str(test.root)))
         return real, test
-    alone = [name for name, number in real.counts().items() if number < 2]
+    distinct = real.distinct()
+    alone = [name for name, number in distinct.counts().items() if number < 2]
     if alone:
         raise DataError(f"{alone[0]} has one photo, so none can be held out; add photos or give --test-dir")
-    learned, measured = stratified_folds(real.labels, _HELD_OUT_PARTS, seed)[0]
-    return real.subset(learned), real.subset(measured)
+    learned, measured = stratified_folds(distinct.labels, _HELD_OUT_PARTS, seed)[0]
+    return distinct.subset(learned), distinct.subset(measured)
 
 
 def run_probe(

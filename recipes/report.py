@@ -1,6 +1,6 @@
 """`report`: one self-contained HTML page of what a workspace holds. It reads, and computes nothing anew.
 
-manifests, style/, synthetic/, gap.json, curves.json, bundle.json, compare.json ──► report.html
+manifests, style/, synthetic/, gap.json, curves.json, bundle.json, compare.json, plots ──► report.html
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from synthkit.recipes.report_charts import Line, line_chart, smoothed
 from synthkit.standalone import UnusableImage, open_image
 
 STAGES = ("engines", "style", "synthetic", "student", "adapted", "bundle")
+_PLOTS = {"volume.png": "More synthetic images", "probe.png": "Where the gap sits"}
 _PAGE = Path(__file__).parent / "pages" / "report.html"
 _CELL, _PER_ROW, _MOST_CLASSES = 56, 12, 60
 _WINDOWS = 60  # points of a loss curve
@@ -68,6 +69,11 @@ def collect(workspace: Path, photos: ImageSet | None) -> dict[str, Any]:
         "adapted": made["adapted"].metrics if "adapted" in made else None,
         "bundle": _read(workspace / "bundle" / "bundle.json"),
         "compare": _compare(_read(workspace / "compare.json")),
+        "plots": [
+            (title, _embedded(workspace / name))
+            for name, title in _PLOTS.items()
+            if (workspace / name).is_file()
+        ],
     }
 
 

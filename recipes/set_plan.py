@@ -271,15 +271,16 @@ def _check_templates(settings: GenerateSettings, styled: bool) -> None:
 def _check_places(sentence: str) -> None:
     try:
         places = _places(sentence)
+        for place in places - set(_PLACES):
+            raise ConfigError(
+                f"template {sentence!r} has the unknown place {{{place}}}{nearest(place, _PLACES)}; "
+                "known are {words}, {token}, {context}"
+            )
+        sentence.format(**dict.fromkeys(_PLACES, ""))
     except ValueError as error:
         raise ConfigError(
             f"template {sentence!r} cannot be read: {error}; double a brace that is text"
         ) from None
-    for place in places - set(_PLACES):
-        raise ConfigError(
-            f"template {sentence!r} has the unknown place {{{place}}}{nearest(place, _PLACES)}; "
-            "known are {words}, {token}, {context}"
-        )
     if "words" not in places:
         raise ConfigError(f"template {sentence!r} does not name the class; write {{words}} into it")
 

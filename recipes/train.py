@@ -82,15 +82,19 @@ def train_request(settings: TrainSettings, material: Material, out: Path) -> Req
     """
     inputs = {"classes": ",".join(material.classes)}
     check_settings(settings)
-    stages_of(settings, material)
-    if material.synthetic:
+    learned = {stage.images for stage in stages_of(settings, material)}
+    if material.synthetic:  # without a stage of their own they still say how large the input is
         inputs["synthetic"] = material.synthetic.digest
-    if material.photos:
+    if material.photos and learned != {Images.SYNTHETIC}:
         inputs["photos"] = material.photos.digest
     if settings.weights:
         inputs["weights"] = weights_fingerprint(Path(settings.weights))
-    config = {name: value for name, value in settings.keyed().items() if name != "weights"}
-    return Request(stage="train", out=out, inputs=inputs, config=config)
+    return Request(stage="train", out=out, inputs=inputs, config=key_settings(settings))
+
+
+def key_settings(settings: TrainSettings) -> dict[str, Any]:
+    """The settings in a student's manifest; of weights the content counts, which is among the inputs."""
+    return {name: value for name, value in settings.keyed().items() if name != "weights"}
 
 
 def check_settings(settings: TrainSettings) -> None:
@@ -261,9 +265,10 @@ def _held_out(
     """What is left to learn from, and what looks at the photos held out of a stage that learns photos."""
     from synthkit.training import Examples
 
-    photos, count = material.photos, settings.held_out
-    if not count or photos is None or stage.images is Images.SYNTHETIC:
+    count = settings.held_out
+    if not count or material.photos is None or stage.images is Images.SYNTHETIC:
         return material, None
+    photos = material.photos.distinct()  # a copy of a photo held out must not be learned
     fewest, name = min((number, name) for name, number in photos.counts().items())
     if fewest < 2 * count:
         log.warning(

@@ -114,15 +114,3 @@ def test_override_takes_what_is_given() -> None:
     assert override(Cook(minutes=3), {"minutes": None, "heat": 0.9}) == Cook(minutes=3, heat=0.9)
     with pytest.raises(ConfigError, match="minutes = 0: must be at least 1"):
         override(Cook(), {"minutes": 0})
-
-
-def test_every_recipe_file_of_the_project_is_valid() -> None:
-    from synthkit.recipes import settings
-    from tests.house import ROOT
-
-    kinds = {
-        kind for kind in vars(settings).values() if isinstance(kind, type) and dataclasses.is_dataclass(kind)
-    }
-    assert kinds, "recipes/settings.py defines settings"
-    for path in (ROOT / "recipes" / "configs").rglob("*.toml"):
-        assert read_toml(path)

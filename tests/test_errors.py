@@ -1,5 +1,6 @@
 """The error tree: what is raised, what the docstring draws, what a message says."""
 
+import copy
 import inspect
 import re
 from pathlib import Path
@@ -16,6 +17,14 @@ def classes() -> dict[str, type]:
         for name, kind in vars(errors).items()
         if inspect.isclass(kind) and issubclass(kind, Exception)
     }
+
+
+@pytest.mark.parametrize(
+    "error", [BadImages([(Path("a.jpg"), "empty")]), MissingExtra("timm", "train"), DataError("what to do")]
+)
+def test_a_child_process_can_hand_an_error_to_its_parent(error: SynthkitError) -> None:
+    handed = copy.copy(error)  # made anew from the same parts as in another process
+    assert (type(handed), str(handed)) == (type(error), str(error))
 
 
 def test_the_docstring_draws_every_error() -> None:

@@ -29,6 +29,9 @@ def test_a_local_folder_is_taken_as_it_is(tmp_path: Path) -> None:
 def test_a_bundled_name_comes_before_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundled = whole_folder(tmp_path / "bundled" / "glyphs-32")
     monkeypatch.setattr(models, "_HERE", tmp_path / "bundled")
+    whole_folder(tmp_path / "here" / "glyphs-32")
+    monkeypatch.chdir(tmp_path / "here")
+    assert resolve_model("./glyphs-32") == Path("glyphs-32")
     assert resolve_model("glyphs-32") == bundled
     with pytest.raises(ModelError, match=r"no generator 'glyph-32'; did you mean glyphs-32\?; give"):
         resolve_model("glyph-32")
@@ -80,6 +83,7 @@ def test_only_the_files_that_are_needed_are_asked_of_the_hub(
     monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
     assert resolve_model("org/model") == folder
     assert asked["hub_id"] == "org/model" and asked["local_files_only"] is False
+    assert {"model_index.json", "unet/*.safetensors", "tokenizer/*.txt"} <= set(asked["allow_patterns"])
     assert all(one.endswith((".json", ".txt", ".safetensors", ".toml")) for one in asked["allow_patterns"])
 
 

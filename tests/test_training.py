@@ -139,12 +139,10 @@ def test_stopping_early_follows_the_same_schedule(examples: Examples) -> None:
     assert changed(stopped, state(whole))
 
 
-def test_watch_is_called_before_the_first_step_and_after_every_n(
-    student: Student, examples: Examples
-) -> None:
+def test_watch_is_called_first_after_every_n_steps_and_last(student: Student, examples: Examples) -> None:
     seen: list[int] = []
     fit(student, examples, SETTINGS, watch=(3, seen.append))
-    assert seen == [0, 3, 6]
+    assert seen == [0, 3, 6, 8]
 
 
 def test_the_seed_decides_the_run(examples: Examples) -> None:

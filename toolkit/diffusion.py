@@ -16,6 +16,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditi
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from synthkit.errors import ModelError
+from synthkit.models import refuse_two_encoders
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ def load_parts(model_dir: Path, device: str = "cpu") -> DiffusionParts:
     Raises:
         ModelError: a part is missing or is of another architecture, as SDXL's are.
     """
+    refuse_two_encoders(model_dir)
     try:
         parts = DiffusionParts(
             CLIPTokenizer.from_pretrained(model_dir / "tokenizer"),
@@ -60,11 +62,6 @@ def load_parts(model_dir: Path, device: str = "cpu") -> DiffusionParts:
             f"{model_dir} does not load as a Stable Diffusion folder: {str(error).splitlines()[0]}; "
             "it needs tokenizer, text_encoder, unet, vae and scheduler in safetensors"
         ) from None
-    if parts.unet.config.addition_embed_type is not None:
-        raise ModelError(
-            f"{model_dir} is SDXL, whose token would need two embeddings, which learn-style does not learn; "
-            "learn a style with a Stable Diffusion 1.x or 2.x model, or draw with plain prompts"
-        )
     for module in (parts.text_encoder, parts.unet, parts.vae):
         module.requires_grad_(False).eval().to(device)
     return parts

@@ -49,6 +49,10 @@ class BadImages(DataError):
             "repair or remove them, or leave them out with --skip-bad"
         )
 
+    def __reduce__(self) -> tuple[type[BadImages], tuple[object, ...]]:
+        """So that a child process can hand it to its parent."""
+        return type(self), (self.failures,)
+
 
 class ModelError(SynthkitError):
     """A generator, a student or a style token is unknown, absent or does not fit."""
@@ -83,6 +87,11 @@ class MissingExtra(SynthkitError):
             f"the Python package {module!r} is not installed; "
             f"install it with: pip install 'synthkit[{extra}]'"
         )
+        self._missing = (module, extra)
+
+    def __reduce__(self) -> tuple[type[MissingExtra], tuple[str, str]]:
+        """So that a child process can hand it to its parent."""
+        return type(self), self._missing
 
 
 def nearest(word: str, known: Iterable[str], count: int = 3) -> str:

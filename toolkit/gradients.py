@@ -116,7 +116,7 @@ class Gradients:
 
     def _halve(self, batch: int) -> None:
         at_once = batch // self.parts
-        if batch % (4 * self.parts):  # a part needs two images, for the statistics of BatchNorm
+        if batch % (2 * self.parts) or batch < 4 * self.parts:  # even parts, of two images for BatchNorm
             raise ConfigError(_out_of_memory(at_once))
         self._model.zero_grad()
         torch.cuda.empty_cache()

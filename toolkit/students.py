@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,11 +22,14 @@ from safetensors.torch import load_file, save
 from timm.models import group_parameters
 
 from synthkit.architectures import nearest_architecture
-from synthkit.artifacts import write_bytes, write_json
+from synthkit.artifacts import read_manifest, write_bytes, write_json
 from synthkit.errors import ConfigError, ModelError, nearest
-from synthkit.images import Preprocessing
+from synthkit.images import ImageSet, Preprocessing
+
+log = logging.getLogger(__name__)
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+BEFORE_PHOTOS = "synthetic"  # subfolder of what `train` writes: the student before the photos
 
 
 @dataclass(frozen=True)
@@ -289,6 +293,27 @@ def _load_whole(model: torch.nn.Module, path: Path, name: str) -> None:
     wrong = [key for key in (*found.missing_keys, *found.unexpected_keys) if not _counts(key)]
     if wrong:
         raise ModelError(f"{path} does not fit {name}: {len(wrong)} tensors differ, for example {wrong[0]}")
+
+
+def before_photos(folder: Path, photos: ImageSet) -> Path:
+    """The folder of a student as it was before it learned these photos, which it now knows too well to judge.
+
+    Args:
+        folder: a student's, or of another kind of model.
+        photos: that the student is to judge.
+    """
+    manifest = read_manifest(folder)
+    if not manifest or manifest.inputs.get("photos") != photos.digest:
+        return folder
+    if (folder / BEFORE_PHOTOS / CONFIG).is_file():
+        log.info("%s has learned these photos; %s in it has not, and is taken", folder, BEFORE_PHOTOS)
+        return folder / BEFORE_PHOTOS
+    log.warning(
+        "%s has learned these very photos and judges them too well; a student that `synthkit train "
+        "--synth-dir` wrote, or foreign weights, would do better",
+        folder,
+    )
+    return folder
 
 
 def load_student(folder: Path) -> Student:

@@ -1,6 +1,6 @@
 """fit(): the one training loop, used by every stage that trains a student.
 
-    uint8 images ──batch──► augment ──► Mixup ──► model ──► cross-entropy ──► AdamW, one-cycle schedule
+    uint8 images ──batch──► augment ──► Mixup ──► model ──► cross-entropy ──► optimiser and its schedule
                                                               │
           held-out photos choose the weights ◄── moving average ◄── curves.json, checkpoint
 
@@ -47,7 +47,7 @@ class FitSettings:
         steps: gradient steps.
         lr: peak learning rate.
         batch_size: images per step; a smaller set is repeated within a batch with other augmentations.
-        weight_decay: AdamW's.
+        weight_decay: the optimiser's.
         mixup: alpha of Mixup (Zhang et al. 2018); 0: off.
         smoothing: label smoothing.
         frozen_statistics: BatchNorm and dropout in eval mode, as last-layer adaptation needs.
@@ -193,7 +193,8 @@ def fit(
         settings: how.
         label: what the progress bar says.
         checkpoint: file that lets an interrupted run go on.
-        watch: (n, call) calls with the number of steps done after every n steps, and before the first.
+        watch: (n, call) calls with the number of steps done after every n steps, before the first and after
+            the last.
         curves: file for losses, learning rates and looks at the held-out photos.
         held_out: top-1 of the student, as it is when called, on photos that it does not learn from; the
             weights are kept that did best, the last of equal ones.
@@ -218,7 +219,7 @@ def fit(
             run.look(step + 1)
         if (step + 1) % _CHECKPOINT_EVERY == 0:
             run.keep(step + 1)
-        if watch and (step + 1) % watch[0] == 0:
+        if watch and ((step + 1) % watch[0] == 0 or step + 1 == stop):
             with run.averaged():
                 watch[1](step + 1)
     run.finish(stop)
@@ -288,11 +289,11 @@ class _Run:
             raise self._diverged(steps - 1, "the weights are not finite any more")
         if not first_process():
             return
+        if self._curves_file:  # first: curves that are ahead of the checkpoint are cut, others have a gap
+            self._curves.save(self._curves_file)
         if self._checkpoint:
             save_checkpoint(self._checkpoint, steps, self._modules, self._optimizer)
             self._kept = steps
-        if self._curves_file:
-            self._curves.save(self._curves_file)
 
     def finish(self, steps: int) -> None:
         """Leave the chosen weights in the student, on the CPU and in eval mode."""

@@ -210,7 +210,7 @@ def test_a_student_that_learned_the_photos_is_judged_by_what_it_was_before(
     caplog.clear()
     with caplog.at_level(logging.INFO):
         found = fit_filters(settings("class", trained), photos, None, WORDS)
-    assert "synthetic in it has not, and judges" in caplog.text
+    assert "synthetic in it has not, and is taken" in caplog.text
     before = fit_filters(settings("class", student), photos, None, WORDS)
     assert found.thresholds == before.thresholds
 

@@ -13,7 +13,9 @@ pytest.importorskip("timm")
 pytest.importorskip("sklearn")
 pytest.importorskip("jinja2")
 
+from synthkit.artifacts import Manifest, write_json
 from synthkit.cli import main
+from synthkit.images import ImageSet
 from tests.tiny_students import class_folders, colour_folders, lively_student
 
 CLASSES = ("blue", "green", "red")
@@ -42,6 +44,16 @@ def call(workspace: Path, *words: str | Path) -> tuple[int, str, str]:
     result = CliRunner().invoke(main, ["--quiet", "--workspace", str(workspace), *map(str, words)])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result.exit_code, result.stdout, result.stderr
+
+
+def test_gap_looks_through_a_student_that_has_not_learned_the_photos(workspace: Path, photos: Path) -> None:
+    learned = workspace / "student"
+    shutil.copytree(learned, learned / "synthetic")
+    inputs = {"photos": ImageSet.scan(photos).digest}
+    write_json(learned / "manifest.json", vars(Manifest("train", "", inputs, {}, {}, {}, {}, 0.0)))
+    code, out, text = call(workspace, "gap", "--real-dir", photos)
+    assert code == 0, text
+    assert out.splitlines()[0].endswith(str(learned / "synthetic"))
 
 
 def test_gap_tells_both_gaps_and_what_to_do(workspace: Path, photos: Path) -> None:

@@ -217,7 +217,7 @@ def test_the_help_of_flags_tells_their_defaults(kitchen: tuple[click.Command, di
     assert "--stir / --no-stir" in help_text
     assert help_text.count("--seed") == 1
     assert "--cook-minutes" in help_text and "[default: 10]" in help_text
-    assert "[default: chosen]" in help_text
+    assert "[default: none]" in help_text
 
 
 WHOLE_RECIPE = """

@@ -259,12 +259,12 @@ def test_broken_images_are_named(tiny_engines: Path) -> None:
     pipeline = EnginePipeline.open(tiny_engines, "cpu")
     embeddings = pipeline.embed(["a", "b"])
     embeddings.hidden[1] = np.nan
-    with pytest.raises(
-        EngineError, match=r"1 of 2 images came out as NaN or infinite: b/00000\.png; rebuild"
-    ):
-        pipeline.draw(embeddings, [1, 2], 2, 2.0, ["a/00000.png", "b/00000.png"])
+    with pytest.raises(EngineError, match=r"1 of 2 images came out as NaN or infinite: b/0\.png; rebuild"):
+        pipeline.draw(embeddings, [1, 2], 2, 2.0, ["a/0.png", "b/0.png"])
     with pytest.raises(EngineError, match="infinite: of seed 2;"):
         pipeline.draw(embeddings, [1, 2], 2, 1.0)
+    whole, broken = pipeline.draw(embeddings, [1, 2], 2, 2.0, blank=True)
+    assert not broken.any() and np.ptp(whole) > 0, "black, for the filter to find"
 
 
 def test_images_of_one_colour_are_named(pipeline: EnginePipeline, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,6 +131,12 @@ def test_the_verdicts_say_which_and_why(good: Student, photos: ImageSet, tmp_pat
     assert text.count("\n") == 4 and "unchanged  100% of held-out photos" in text
 
 
+def test_the_curves_of_the_path_are_kept(trained: Path, photos: ImageSet, tmp_path: Path) -> None:
+    result = run(trained, photos, tmp_path / "adapted", path="last-1")
+    curves = json.loads((result.out / "curves.json").read_text("utf-8"))
+    assert len(curves["loss"]) == len(curves["lr"]) == result.manifest.metrics["steps"] == 8
+
+
 def test_all_layers_are_given_up_once_they_fall_behind(good: Student, photos: ImageSet) -> None:
     examples = Examples(photos, good.preprocessing)
     chosen = choose_path(Site(Start(good, True, None), examples, SETTINGS, TRAINING))
@@ -219,6 +225,15 @@ def test_the_full_path_ends_where_train_does(trained: Path, photos: ImageSet, tm
     assert not moved(taken, trained)
     alone = saved(load_student(trained / SYNTHETIC), tmp_path / "alone")
     assert not moved(run(alone, photos, tmp_path / "followed", path="full").out, trained)
+
+
+@pytest.mark.parametrize(("procedure", "steps"), [("synthetic", 2), ("bridged", 2), ("bridged++", 3)])
+def test_only_bridged_transfer_of_these_settings_is_taken_for_the_full_path(
+    home: Path, photos: ImageSet, tmp_path: Path, procedure: str, steps: int
+) -> None:
+    settings = replace(TRAINING, procedure=procedure, real_steps=steps)  # type: ignore[arg-type]
+    made = train(settings, Material(scan(tmp_path / "drawn", 3, 3), photos), tmp_path / "student").out
+    assert moved(run(made, photos, tmp_path / "adapted", path="full").out, made)
 
 
 def test_the_full_path_learns_the_photos_that_were_given(trained: Path, tmp_path: Path) -> None:

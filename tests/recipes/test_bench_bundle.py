@@ -15,12 +15,13 @@ from synthkit.engines.bundle import Bundle, read_facts
 from synthkit.errors import BundleError, EngineError, MissingExtra
 from synthkit.recipes import bench_bundle
 from synthkit.recipes.bench_bundle import Plan, as_text, time_in_turn
-from tests.tiny_students import lively_student, tiny_bundle
+from tests.small_bundles import three_precisions
+from tests.tiny_students import lively_student
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_bundle(tmp_path_factory.mktemp("made") / "bundle")
+    return three_precisions(tmp_path_factory.mktemp("made") / "bundle")
 
 
 @pytest.fixture
@@ -87,16 +88,18 @@ def measured(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 def test_every_precision_and_the_torch_student_are_measured(bundle: Path, measured: dict[str, Any]) -> None:
     *ours, torch = measured["rows"]
-    assert [row["precision"] for row in ours] == list(read_facts(bundle)["precisions"])
+    precisions = read_facts(bundle)["precisions"]
+    assert [row["precision"] for row in ours] == list(precisions) == ["fp32", "fp16", "int8"]
     assert (torch["runtime"], torch["precision"]) == ("torch", "fp32")
     for row in (*ours, torch):
         latency = row["latency_ms"]
         assert 0 < latency["p50"] <= latency["p90"] <= latency["p99"]
         assert row["images_per_second"] == pytest.approx(2 / (latency["mean"] / 1000))
+    assert len({row["file_bytes"] for row in ours}) == 3
     for row in ours:
         assert row["runtime"] == "onnxruntime" and row["threads"] == 1
         assert row["bare_latency_ms"]["p50"] > 0 and np.isfinite(row["overhead_percent"])
-        assert row["file_bytes"] == (bundle / "model.onnx").stat().st_size
+        assert row["file_bytes"] == (bundle / precisions[row["precision"]]["file"]).stat().st_size
         assert 20 * 2**20 < row["resident_bytes"] < 4 * 2**30 and 0.05 < row["cold_start_seconds"] < 600
 
 
@@ -108,7 +111,7 @@ def test_the_default_stands_at_the_top(measured: dict[str, Any]) -> None:
 
 def test_the_table_shows_every_row(measured: dict[str, Any]) -> None:
     lines = as_text(measured).splitlines()
-    assert [line.split()[0] for line in lines[1:-1]] == ["fp32", "torch"]
+    assert [line.split()[0] for line in lines[1:-1]] == ["fp32", "fp16", "int8", "torch"]
     assert f"{measured['rows'][0]['latency_ms']['p50']:.3f}" in lines[1]
     assert lines[-1] == "12 calls of 2 image(s) each, cpu"
 

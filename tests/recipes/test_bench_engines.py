@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import pytest
 
 from synthkit.engines.pipeline import EnginePipeline
 from synthkit.errors import ConfigError, EngineError, ParityError
-from synthkit.recipes.bench_engines import as_text, bench_engines
+from synthkit.recipes.bench_engines import _Clock, _Contender, as_text, bench_engines
 
 pytest.importorskip("optimum.onnxruntime")
 
@@ -17,13 +18,47 @@ def test_every_contender_draws_the_same_and_is_timed(tiny_engines: Path) -> None
     result = bench_engines(tiny_engines, batch=3, steps=2, guidance=2.0, runs=2)
     assert json.loads(json.dumps(result)) == result
     assert [row["name"] for row in result["rows"]] == ["diffusers, eager", "Optimum", "synthkit"]
+    *_, synthkit = result["rows"]
     for row in result["rows"]:
-        assert len(row["seconds"]) == 2 and row["images_per_second"] > 0
+        whole = median(row["seconds"])
+        assert len(row["seconds"]) == 2 and row["images_per_second"] == pytest.approx(3 / whole, rel=0.05)
+        assert row["speedup"] == pytest.approx(whole / median(synthkit["seconds"]), rel=0.05)
         assert 0 < row["unet_step_ms"] * 2 / 1000 < max(row["seconds"])
         assert 0 < row["share_outside_unet"] < 1 and row["max_difference"] <= result["tolerance"]
-    assert result["rows"][-1]["speedup"] == 1 and result["rows"][0]["max_difference"] == 0
+    assert synthkit["speedup"] == 1 and result["rows"][0]["max_difference"] == 0
     table = as_text(result).splitlines()
     assert table[0].startswith("3 images at once, 2 steps, guidance 2") and table[-1].startswith("synthkit")
+
+
+def test_synthkit_is_as_many_times_faster_as_the_other_takes_longer() -> None:
+    clock = _Clock(None, False)
+    slow = _Contender("slow", lambda: np.empty(0), clock, 1, [3.0, 9.0, 4.0], [1.0, 8.0, 3.0])
+    ours = _Contender("synthkit", lambda: np.empty(0), clock, 2, [2.0, 2.5, 1.0], [1.5, 1.5, 0.5])
+    expected = {
+        "name": "slow",
+        "images_per_second": 16.0,
+        "unet_step_ms": 150.0,
+        "share_outside_unet": 0.25,
+        "speedup": 2.0,
+        "seconds": [3.0, 9.0, 4.0],
+        "max_difference": 0.5,
+    }
+    assert slow.row(ours, 64, 20, 0.5) == expected
+    row = ours.row(ours, 64, 20, 0.0)
+    assert (row["speedup"], row["images_per_second"], row["unet_step_ms"]) == (1.0, 32.0, 75.0)
+
+
+def test_the_unet_s_time_is_the_mean_of_the_cores_that_draw() -> None:
+    clock = _Clock(None, False)
+
+    def draw() -> np.ndarray:
+        clock.seconds += 0.5
+        return np.empty(0)
+
+    contender = _Contender("synthkit", draw, clock, at_once=2)
+    contender.time()
+    contender.time()
+    assert contender.unet_seconds == [0.25, 0.25] and len(contender.seconds) == 2
 
 
 def test_a_contender_that_draws_otherwise_is_refused(

@@ -1,14 +1,18 @@
 """The benchmarks of precisions and of the device's head: what they measure is what they write down."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from synthkit.engines.bundle import read_facts, verify
+from synthkit.engines.bundle import Bundle, read_facts, verify
+from synthkit.images import ImageSet
 from synthkit.recipes import bench_head, bench_precisions
+from tests.small_bundles import coloured_photos
 from tests.tiny_students import class_folders, lively_student
 
 
@@ -35,6 +39,58 @@ def test_the_table_holds_what_export_measured(tmp_path: Path) -> None:
     assert line.startswith("| colours | test_resnet | 9 | ") and f"{row['top1']['int8']:.3f}" in line
     assert line.endswith("refused |" if row["refused"] else "offered |")
     assert written["settings"]["shots"] == 3 and "onnxruntime" in written["versions"]
+
+
+def top1(bundle: Path, photos: Path) -> float:
+    opened = Bundle.open(bundle)
+    test = ImageSet.scan(photos, fewest=1).with_classes(opened.labels)
+    return float(np.mean(opened.logits(test.load(opened.preprocessing)).argmax(axis=1) == test.labels))
+
+
+def photos_in(folder: Path) -> set[Path]:
+    return {path.resolve() for path in folder.glob("*/*.png")}
+
+
+@pytest.fixture
+def photos_with_a_stray(tmp_path: Path) -> Path:
+    """Holds train/ and test/ of four classes; an image of "a dog" that is tested has the colours of "new"."""
+    names, data = ["a dog", "new", "other", "Ω"], tmp_path / "data"
+    coloured_photos(data / "train", names, 6, noisy=150)
+    coloured_photos(data / "test", names, 5, seed=1, noisy=150)
+    stray = coloured_photos(tmp_path / "stray", ["new"], 1, seed=2, noisy=150) / "new" / "0.png"
+    shutil.move(stray, data / "test" / "a dog" / "stray.png")
+    return data
+
+
+def test_a_draw_holds_what_its_bundles_do_on_the_test_images(
+    photos_with_a_stray: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_head, "_ADDED", (1, 4, 16))
+    lively_student().save(tmp_path / "weights")
+    work = tmp_path / "work"
+    draw = bench_head.run_draw(
+        photos_with_a_stray, "test_resnet", tmp_path / "weights", 3, (1, 5), 0, work, "fp32"
+    )
+    assert json.loads(json.dumps(draw)) == draw
+
+    refit = draw["refit"]
+    assert (draw["seed"], refit["photos"], refit["n_test"]) == (0, 3 * 5, 3 * 5 + 1)
+    assert refit["before"] == top1(work / "bundle", work / "test")
+    assert refit["device"] == refit["device_by_precision"]["fp32"] == top1(work / "measured", work / "test")
+    assert refit["device"] == refit["scikit_learn"] == 15 / 16, "right but for the stray"
+    assert 0.8 < refit["torch_last_1"] < 1
+    assert 0 < refit["process_seconds"] < 600 and 0 < refit["cpu_seconds"] < 600
+
+    assert [one["shots"] for one in draw["added"]] == [1, 4]
+    for one in draw["added"]:
+        bundle = work / f"bundle-{one['shots']}"
+        assert verify(bundle) == [] and Bundle.open(bundle).labels == ("a dog", "new", "other", "Ω")
+        whole = (one["old_after"] * 16 + one["new_class"] * 5) / 21
+        assert whole == pytest.approx(top1(bundle, work / "test-all"))
+        assert one["old_before"] == refit["before"] and one["remembered"]["photos"] == 3
+        assert len(photos_in(work / f"add-{one['shots']}")) == one["shots"]
+    start, new = photos_in(work / "start"), photos_in(work / "pool")
+    assert (len(start), len(new), len(start | new)) == (3, 15, 18), "no photo is both known and new"
 
 
 def test_a_finished_draw_is_kept_when_the_next_one_fails(

@@ -10,14 +10,8 @@ import pytest
 from synthkit import standalone
 from synthkit.recipes import bench_serve
 from tests.serving import Client, picture, serving
-from tests.tiny_students import tiny_bundle
 
 JPEG = picture("JPEG", size=200)
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_bundle(tmp_path_factory.mktemp("made") / "bundle")
 
 
 @pytest.fixture

@@ -25,6 +25,8 @@ def test_every_contender_computes_the_same_and_is_timed(
     tiny_engines: Path, monkeypatch: pytest.MonkeyPatch, images: int, guidance: float, rows: int
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "2")  # the small UNet then draws in two parts
+    monkeypatch.setattr(bench_unet, "_count_gflop", lambda task, model_dir: 3.0)
+    monkeypatch.setattr(bench_unet, "matmul_gflops", lambda threads: 60.0)
     result = bench_unet_step(tiny_engines, batch=images, guidance=guidance, runs=2)
     assert json.loads(json.dumps(result)) == result
     assert (result["unet_rows"], result["latents"], result["threads"]) == (rows, [4, 4, 4], 2)
@@ -32,12 +34,24 @@ def test_every_contender_computes_the_same_and_is_timed(
     assert [row["max_difference"] > 0 for row in result["rows"]] == [False, True, True]
     for row in result["rows"]:
         assert len(row["seconds"]) == 2 and row["max_difference"] <= result["tolerance"]
-        seconds = row["unet_step_ms"] / 1000
-        at_peak = result["gflop"] / result["matmul_gflops"]  # of a tiny UNet it is rounded to nothing
-        assert row["of_peak"] == pytest.approx(at_peak / seconds, abs=1.0) and row["speedup"] > 0
-    assert result["rows"][-1]["speedup"] == 1
+        assert row["of_peak"] == pytest.approx(0.05 / (row["unet_step_ms"] / 1000), rel=0.01)
+    assert (result["gflop"], result["matmul_gflops"], result["rows"][-1]["speedup"]) == (3.0, 60.0, 1)
     assert result["tolerance"] == pytest.approx(1e-4 * (3 if guidance > 1 else 1))
     assert bench_unet.as_text(result).splitlines()[-1].startswith("synthkit")
+
+
+def test_figures_of_a_contender_follow_from_its_times() -> None:
+    output = np.array([4.0, -8.0], np.float32)
+    taken = {
+        "diffusers, eager": (output, [3.0, 9.0, 4.0]),
+        "ONNX Runtime": (output + np.float32(0.5), [1.0, 0.5, 1.5]),
+        "synthkit": (output, [2.0, 2.0, 7.0]),
+    }
+    rows = bench_unet._rows(taken, at_peak=0.5, allowed=0.1)
+    assert [row["unet_step_ms"] for row in rows] == [4000, 1000, 2000]
+    assert [row["of_peak"] for row in rows] == [0.125, 0.5, 0.25]
+    assert [row["speedup"] for row in rows] == [2, 0.5, 1], "above 1 where synthkit is the faster one"
+    assert [row["max_difference"] for row in rows] == [0, 0.0625, 0]
 
 
 def test_work_is_counted_as_torch_does_it(tiny_model: Path, tiny_engines: Path) -> None:

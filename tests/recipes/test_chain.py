@@ -22,6 +22,7 @@ from synthkit.engines.bundle import Bundle
 from synthkit.recipes.chain import Workspace, remembered_model
 from synthkit.recipes.settings import EngineSettings
 from synthkit.students import load_student, new_student
+from tests.tiny_models import tiny_sdxl
 from tests.tiny_students import colour_folders
 
 COLOURS = ("blue", "green", "red")
@@ -168,12 +169,35 @@ def test_adapt_and_generate_filter_alike(site: Site) -> None:
     assert site.adapt("--dry-run")["plan"]["generate"].startswith("changed")
 
 
-def test_a_filter_without_what_it_needs_is_refused_before_any_work(site: Site) -> None:
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--filter", "leak"], "give them with --test-dir"),
+        (["--filter", "class", "--classifier", "w/student"], "is made by this very run"),
+        (["--path", "lst-1"], "no path 'lst-1'; did you mean last-1"),
+        (["--layers", "1", "--path", "last-2"], "differ; give one of them"),
+        (["--template", "a {words:photo}"], "cannot be read"),
+        (["--real-share", "2"], "--real-share 2.0: must lie between 0 and 1"),
+        (["--weights", "nowhere"], "no weights nowhere"),
+    ],
+)
+def test_what_a_later_stage_would_refuse_is_refused_before_any_work(
+    site: Site, tiny_model: Path, words: list[str], message: str
+) -> None:
     shutil.rmtree(site.workspace)
-    for words in ([], ["--dry-run"]):
-        refused = site.call("adapt", *QUICK, "--filter", "leak", *words)
-        assert refused.exit_code == 1 and "give them with --test-dir" in refused.stderr
-    assert [path.name for path in site.workspace.iterdir()] == [".lock"]
+    (site.root / "w" / "student").mkdir(parents=True)
+    given = [str(site.root / one) if one.startswith("w/") else one for one in words]
+    for more in ([], ["--dry-run"]):
+        refused = site.call("adapt", *QUICK, "--model", tiny_model, *given, *more)
+        assert refused.exit_code == 1 and message in refused.stderr, refused.stderr
+    assert sorted(path.name for path in site.workspace.iterdir()) == [".lock", "student"]
+
+
+def test_sdxl_is_refused_before_its_engines_are_built(site: Site, tmp_path: Path) -> None:
+    shutil.rmtree(site.workspace)
+    refused = site.call("adapt", *QUICK, "--model", tiny_sdxl(tmp_path / "xl"))
+    assert refused.exit_code == 1 and "is SDXL" in refused.stderr
+    assert not (site.workspace / "engines").exists()
 
 
 def test_force_adapts_and_exports_again(site: Site) -> None:
@@ -244,6 +268,10 @@ def test_a_recipe_file_serves_the_whole_chain(site: Site, tmp_path: Path) -> Non
     )
     result = site.call("adapt", "--config", recipe, "--json")
     assert done(json.loads(result.stdout)) == [], result.stderr
+    recipe.write_text(recipe.read_text("utf-8") + '[export]\nprecision = "fp32,fp16"\n')
+    result = site.call("adapt", "--config", recipe, "--json")
+    assert done(json.loads(result.stdout)) == ["export"], result.stderr
+    assert (site.workspace / "bundle" / "model.fp16.onnx").is_file()
     recipe.write_text("[learn_style]\nsteps = 3\n[train]\nepoch = 2\n")
     text = refusal(site, ["adapt", "--config", recipe])
     assert "unknown section [learn_style]; did you mean learn-style" in text

@@ -77,12 +77,12 @@ def test_all_methods_saw_the_draw_and_nothing_else(compared: tuple[Path, dict[st
     workspace, _ = compared
     for shots in (1, 2):
         place = Workspace(workspace / f"{shots}-shot-3")
-        stages = [place.style, place.student, place.adapted, place.root / "few_shot_only"]
+        stages = [place.style, place.student, place.adapted, place.root / "procedures" / "vanilla-matched"]
         manifests = [json.loads((stage / "manifest.json").read_text("utf-8")) for stage in stages]
         assert len({manifest["inputs"]["photos"] for manifest in manifests}) == 1
         alone, bridged = manifests[3]["metrics"], manifests[1]["metrics"]
         assert alone["real_steps"] == bridged["synthetic_steps"] + bridged["real_steps"]
-        assert alone["n_synthetic"] == 0 and alone["n_real"] == 3 * shots
+        assert alone["synthetic_steps"] == 0 and alone["n_real"] == 3 * shots
         plain = json.loads((place.root / "plain_prompts/student/manifest.json").read_text("utf-8"))["metrics"]
         assert (plain["n_synthetic"], plain["n_real"]) == (bridged["n_synthetic"], 0)
 

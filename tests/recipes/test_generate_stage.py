@@ -21,6 +21,7 @@ from synthkit import style as style_files
 from synthkit.artifacts import fingerprint, read_manifest, write_bytes
 from synthkit.cli import main
 from synthkit.errors import ConfigError, EngineError
+from synthkit.recipes.bench_generate import contents
 from synthkit.recipes.generate import Screening, generate, generate_request
 from synthkit.recipes.set_plan import image_seed
 from synthkit.recipes.settings import FilterSettings, GenerateSettings
@@ -28,14 +29,6 @@ from synthkit.recipes.settings import FilterSettings, GenerateSettings
 pytest.importorskip("onnxruntime")
 CLASSES = {"b": "letter b", "ä x": "letter a"}
 SETTINGS = GenerateSettings(per_class=5, steps=3, batch_size=4)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "manifest.json"
-    }
 
 
 @pytest.fixture(scope="module")

@@ -16,11 +16,6 @@ from tests.serving import picture, predicted, serving
 from tests.tiny_students import tiny_bundle
 
 
-@pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_bundle(tmp_path_factory.mktemp("made") / "bundle")
-
-
 def next_version(folder: Path, version: int) -> Path:
     """A whole bundle of another student that states another version."""
     made = tiny_bundle(folder, seed=version)

@@ -17,6 +17,7 @@ pytest.importorskip("onnxruntime")
 from synthkit.cli import main
 from synthkit.errors import EngineError
 from synthkit.recipes import ray_workers
+from synthkit.recipes.bench_generate import contents
 from synthkit.recipes.generate import generate
 from synthkit.recipes.settings import GenerateSettings
 
@@ -24,14 +25,6 @@ CLASSES = {"a": "a", "b": "b"}
 SETTINGS = GenerateSettings(per_class=30, steps="10:11", guidance="1.5:3", batch_size=4)
 
 needs_ray = pytest.mark.skipif(not find_spec("ray"), reason="ray is not installed")
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "manifest.json"
-    }
 
 
 def worker_processes(parent: int) -> list[int]:

@@ -14,6 +14,7 @@ from PIL import Image
 from synthkit import style as style_files
 from synthkit.errors import DataError
 from synthkit.images import ImageSet
+from synthkit.recipes.bench_generate import contents
 from synthkit.recipes.generate import generate
 from synthkit.recipes.redo import find_set, redo
 from synthkit.recipes.settings import GenerateSettings
@@ -22,14 +23,6 @@ from tests.tiny_models import WIDTH
 
 pytest.importorskip("onnxruntime")
 CLASSES = ("b", "ä x")
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "manifest.json"
-    }
 
 
 EVERYTHING = GenerateSettings(

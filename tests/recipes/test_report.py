@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -116,7 +115,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_json(work / "curves.json", {"loss": [2.0, 1.0], "lr": [], "validation": [[1, 0.5], [2, 0.9]]})
 
     stage(root / "student", "train", student)
-    paths = [{"path": "last-1", "steps": 60, "top1": 0.8125, "loss": 0.5}]
+    paths = [{"path": "last-1", "steps": 60, "top1": 0.8125, "loss": 0.5, "photos": 16}]
     stage(
         root / "adapted", "adapt", lambda work: None, path="last-1", reason="so it is", cross_validation=paths
     )
@@ -127,6 +126,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     write_json(root / "gap.json", GAP)
     write_json(root / "compare.json", COMPARE)
+    for name in ("volume.png", "probe.png"):
+        Image.new("RGB", (60, 40), "white").save(root / name)
     images(root / "few_shots", 3, 3)
     return root
 
@@ -311,4 +312,4 @@ def test_smoothing_takes_means_of_windows() -> None:
 
 def test_the_legend_names_every_line() -> None:
     text = line_chart([Line("<s>", [1], [1.0]), Line("b", [1], [2.0])], "step", "loss")
-    assert json.dumps("<s>") and "&lt;s&gt;" in text and '<i class="c1"></i>b' in text
+    assert '<i class="c0"></i>&lt;s&gt;' in text and '<i class="c1"></i>b' in text

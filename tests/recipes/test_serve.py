@@ -21,14 +21,8 @@ from synthkit.recipes import bench_serve, serve
 from synthkit.recipes.serve import listen
 from synthkit.recipes.serve_request import FORMATS
 from tests.serving import Client, picture, predicted, serving
-from tests.tiny_students import tiny_bundle
 
 Start = Callable[..., Client]
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_bundle(tmp_path_factory.mktemp("made") / "bundle")
 
 
 @pytest.fixture

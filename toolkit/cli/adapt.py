@@ -202,7 +202,7 @@ def _settings(
 ) -> tuple[ChainSettings, Path | None]:
     """The settings of all stages, and the folder of a trained student where `--student` names one."""
     from synthkit.recipes.chain import ChainSettings, remembered_model
-    from synthkit.recipes.settings import EngineSettings
+    from synthkit.recipes.settings import EngineSettings, ExportSettings
 
     student_dir = Path(values["student"]) if values["student"] and Path(values["student"]).is_dir() else None
     if student_dir:
@@ -216,6 +216,7 @@ def _settings(
         settings["filter"],
         settings["train"],
         settings["adapt"],
+        settings.get("export", ExportSettings()),  # from a recipe file; its options are those of `export`
     )
     return chain, student_dir
 

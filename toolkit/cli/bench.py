@@ -43,25 +43,27 @@ class Numbers(click.ParamType):
 @options.command("bench")
 @click.option("--bundle", type=click.Path(path_type=Path), help="Bundle  [default: WORKSPACE/bundle]")
 @click.option("--engines", type=click.Path(path_type=Path), help="Engines, instead of a bundle.")
-@click.option("--runs", type=click.IntRange(min=1), help="Timed calls  [default: 200 for a bundle]")
-@click.option("--batch", type=click.IntRange(min=1), help="Images per call  [default: 1 for a bundle]")
-@click.option("--warmup", type=click.IntRange(min=0), help="Calls before those  [default: 20]")
+@click.option("--runs", type=click.IntRange(min=1), help="Timed calls  [default: 200; of engines 3]")
+@click.option("--batch", type=click.IntRange(min=1), help="Images per call  [default: 1; of engines 64]")
+@click.option("--warmup", type=click.IntRange(min=0), help="Calls before those, of a bundle  [default: 20]")
 @click.option("--threads", type=Numbers(int, 1024), help="Thread counts, of a bundle  [default: 1 and all]")
 @click.option("--percentiles", type=Numbers(float, 100), help="Beside 50, 90 and 99, of a bundle.")
 @click.option("--student", type=click.Path(path_type=Path), help="Torch student to time beside its bundle.")
 @click.option("--openvino", is_flag=True, default=None, help="Time a bundle's models in OpenVINO too.")
-@click.option("--steps", type=click.IntRange(min=1), help="Denoising steps, of engines.")
-@click.option("--guidance", type=float, help="Guidance scale, of engines.")
+@click.option("--steps", type=click.IntRange(min=1), help="Denoising steps, of engines  [default: 20]")
+@click.option("--guidance", type=float, help="Guidance scale, of engines  [default: 2.0]")
 @click.option("--unet-step", is_flag=True, default=None, help="One UNet step alone, of large engines.")
 @click.option("--profile", is_flag=True, default=None, help="Time by operator too, of engines on the CPU.")
 def command(workspace: Path, bundle: Path | None, engines: Path | None, **given: Any) -> options.Output:
     """Measure a bundle's or engines' speed, memory and size.
 
     A bundle is timed in every precision it holds, against bare ONNX Runtime on the same array; torch is
-    needed for --student and --engines only.
+    needed for --student and --engines only. Engines are timed beside diffusers and Optimum, drawing whole
+    batches; with --unet-step, one step of one image (or of --batch) beside diffusers and ONNX Runtime.
 
     \b
     Example: synthkit bench --bundle ./bundle --threads 1,4
+    Example: synthkit bench --engines ./engines --batch 16
     """
     if bundle and engines:
         raise ConfigError("--bundle and --engines exclude each other; give one of them")

@@ -10,7 +10,7 @@ import click
 from synthkit.cli import options
 from synthkit.errors import nearest
 
-_SECTIONS = ("adapt", "train", "generate", "learn-style", "build-engines")
+_SECTIONS = ("adapt", "train", "generate", "filter", "learn-style", "build-engines")
 
 
 def _numbers(_context: click.Context, _option: click.Parameter, text: str) -> list[int]:
@@ -40,9 +40,9 @@ def _method_names(_context: click.Context, _option: click.Parameter, text: str) 
     callback=_method_names,
     default="few-shot,synthetic,bridged++,adapted",
     show_default=True,
-    help="What to compare; also the procedures vanilla, vanilla-mixup, mixed, mixed-half, joint, mixed-auxbn "
-    "and bridged, the last units alone (last-1, last-2, last-4), synthetic images of other prompts: plain, "
-    "control, clustered, half-plain.",
+    help="What to compare; few-shot is the procedure vanilla-matched. Also the procedures vanilla, "
+    "vanilla-mixup, mixed, mixed-half, joint, mixed-auxbn and bridged, the last units alone (last-1, last-2, "
+    "last-4), synthetic images of other prompts: plain, control, clustered, half-plain.",
 )
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Cells at a time.")
 @click.option(
@@ -83,6 +83,7 @@ def command(
         engines=found["build-engines"],
         style=found["learn-style"],
         generate=found["generate"],
+        filter=found["filter"],
         train=found["train"],
         adapt=found["adapt"],
     )

@@ -12,6 +12,7 @@ from synthkit.cli import options
 from synthkit.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
+    from synthkit.images import ImageSet
     from synthkit.students import Student
 
 _REGIMES = {"synthetic_only": "Synthetic images alone", "added_to_real": "Synthetic images beside the photos"}
@@ -72,7 +73,7 @@ def command(
     source = synth_dir or _workspace_set(workspace)
     synthetic, real = ImageSet.scan(source, skip_bad), ImageSet.scan(real_dir, skip_bad)
     check_classes(synthetic, real)
-    student, name = _network(workspace, student_dir, weights, architecture, real.classes)
+    student, name = _network(workspace, student_dir, weights, architecture, real)
     found = measure_gap(student, name, synthetic, real, per_class, seed)
     result = {"synth_dir": str(source), "real_dir": str(real_dir), **found}
     with workspace_lock(workspace):
@@ -94,21 +95,22 @@ def _network(
     student_dir: Path | None,
     weights: Path | None,
     architecture: str | None,
-    classes: tuple[str, ...],
+    photos: ImageSet,
 ) -> tuple[Student, str]:
     """The network whose features are used, and its name."""
     if bool(weights) != bool(architecture) or (weights and student_dir):
         raise ConfigError("give either --student DIR, or --weights FILE together with --architecture NAME")
-    from synthkit.students import load_student, new_student
+    from synthkit.students import before_photos, load_student, new_student
 
     if weights and architecture:
-        return new_student(architecture, classes, weights=weights), f"{architecture} of {weights}"
+        return new_student(architecture, photos.classes, weights=weights), f"{architecture} of {weights}"
     folder = student_dir or workspace / "student"
     if not folder.is_dir():
         raise ModelError(
             f"no student {folder}; train one with `synthkit train`, or give --student DIR, or other weights "
             "with --weights FILE --architecture NAME"
         )
+    folder = before_photos(folder, photos)  # photos look more alike to a network that has learned them
     student = load_student(folder)
     return student, f"{student.architecture} of {folder}"
 

@@ -48,7 +48,16 @@ def command(
     dry_run: bool,
     **values: Any,
 ) -> options.Output:
-    """Draw synthetic images of every class through the engines, in the learned style."""
+    """Draw synthetic images of every class through the engines, in the learned style.
+
+    --redo takes the settings that the set's metadata.jsonl has for the image, whatever others are given; name
+    the set's own --engines and --style where they are not the workspace's, and --real-dir where it started
+    from photos.
+
+    \b
+    Example: synthkit generate --real-dir ./few_shots --per-class 500 --guidance 1.5:3.0
+    Example: synthkit generate --redo 3/00002.png
+    """
     from synthkit.images import ImageSet
     from synthkit.models import prompt_synonyms
     from synthkit.recipes.generate import Screening, generate, generate_request

@@ -137,7 +137,8 @@ def _parameter(sections: Sequence[str], section: str, field: dataclasses.Field[A
 
 def _option(field: dataclasses.Field[Any], kind: Any, name: str) -> Callable[[Function], Function]:
     flag = "--" + name.replace("_", "-")
-    help_text = f"{field.metadata['help']}  [default: {_shown(field.default)}]"
+    text, _, chosen = field.metadata["help"].partition("; chosen: ")
+    help_text = f"{text}  [default: {_shown(field.default, chosen)}]"
     if kind is bool:
         return click.option(f"{flag}/--no-{flag[2:]}", name, cls=SettingOption, default=None, help=help_text)
     several = typing.get_origin(kind) is tuple
@@ -146,11 +147,10 @@ def _option(field: dataclasses.Field[Any], kind: Any, name: str) -> Callable[[Fu
     )
 
 
-def _shown(default: Any) -> str:
-    if default is None:
-        return "chosen"
-    if default in ("", ()):
-        return "none"
+def _shown(default: Any, chosen: str) -> str:
+    """A default for `--help`; `chosen` says what takes the place of None, where something does."""
+    if default in (None, "", ()):
+        return chosen or "none"
     return str(default).lower() if isinstance(default, bool) else str(default)
 
 

@@ -39,8 +39,9 @@ def command(
 ) -> options.Output:
     """Train a student on the synthetic images, then, with a new head, on the real ones.
 
-    --procedure names other ways, which take the same images and, but for vanilla, as many gradient steps; a
-    recipe for each is in recipes/configs. Losses and learning rates are kept in curves.json.
+    --procedure names other ways, which take the same images and, but for vanilla and synthetic, as many
+    gradient steps; a recipe for each is in recipes/configs. Losses and learning rates are kept in
+    curves.json.
 
     \b
     Example: synthkit train --real-dir ./few_shots --student resnet18 --epochs 30

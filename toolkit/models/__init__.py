@@ -58,6 +58,20 @@ def resolve_model(name_or_dir: str, *, download: bool = True) -> Path:
     )
 
 
+def refuse_two_encoders(folder: Path) -> None:
+    """Refuse to learn a style for a generator with two text encoders.
+
+    Raises:
+        ModelError: it is SDXL.
+    """
+    if (folder / _SECOND[0]).is_dir():
+        raise ModelError(
+            f"{folder} is SDXL, whose token would need two embeddings, which learn-style does not learn; "
+            "learn a style with a Stable Diffusion 1.x or 2.x model, or draw with plain prompts: "
+            "`synthkit build-engines`, then `synthkit generate`"
+        )
+
+
 def _complete(folder: Path) -> Path:
     """The folder, when it holds a whole Stable Diffusion pipeline in safetensors."""
     if not (folder / INDEX).is_file():
