@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from synthkit.artifacts import Request, StageResult, fingerprint, read_manifest, run_stage
+from synthkit.artifacts import SYNTHETIC, Request, StageResult, fingerprint, read_manifest, run_stage
 from synthkit.curves import CURVES
 from synthkit.errors import DataError, ModelError
 from synthkit.images import ImageSet
@@ -25,7 +25,6 @@ from synthkit.recipes.paths import FULL, Site, Start, candidates, course, follow
 from synthkit.recipes.procedures import BRIDGED
 from synthkit.recipes.settings import AdaptSettings, TrainSettings
 from synthkit.recipes.train import (
-    SYNTHETIC,
     Material,
     key_settings,
     untrained_student,

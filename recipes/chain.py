@@ -8,7 +8,7 @@ Each stage decides for itself whether its inputs have changed (see `synthkit.art
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -147,26 +147,24 @@ def chain_stages(
     """
     _check_settings(settings, knows_classes=synth or student_dir is not None)
     if synth and student_dir is None:
-        yield from _synthetic_stages(settings, workspace, photos, test)
+        yield from _synthetic_stages(settings, workspace, photos, Screening(settings.filter, test))
         student_dir = workspace.student
     yield adapt(settings.adapt, settings.train, student_dir, photos, workspace.adapted, force)
     yield run_export(workspace.adapted, workspace.bundle, photos, force, settings.export)
 
 
 def _synthetic_stages(
-    settings: ChainSettings, workspace: Workspace, photos: ImageSet, test: ImageSet | None
+    settings: ChainSettings, workspace: Workspace, photos: ImageSet, screening: Screening
 ) -> Iterator[StageResult]:
     from synthkit.students import check_architecture
 
     check_architecture(settings.train.student)
-    _check_generation(settings, workspace, photos, test, download=True)
-    words = words_for_prompts(settings.engines, photos)
+    several = _words_to_draw(settings, workspace, photos, screening, download=True)
     yield build_engines(settings.engines, workspace.engines)
     model = base_model(workspace.engines)
-    yield learn_style(settings.style, model, photos, words, workspace.style)
-    token, several = workspace.style / TOKEN_FILE, synonyms_for_prompts(settings.engines, photos)
-    about: dict[str, Any] = {"photos": photos, "screening": Screening(settings.filter, test)}
-    yield generate(settings.generate, workspace.engines, several, token, workspace.synthetic, **about)
+    yield learn_style(settings.style, model, photos, _first(several), workspace.style)
+    asked = (settings.generate, workspace.engines, several, workspace.style / TOKEN_FILE, workspace.synthetic)
+    yield generate(*asked, photos=photos, screening=screening)
     material = Material(ImageSet.scan(workspace.synthetic), photos)
     yield train(settings.train, material, workspace.student)
 
@@ -180,41 +178,47 @@ def _check_settings(settings: ChainSettings, knows_classes: bool) -> None:
         weights_fingerprint(Path(settings.train.weights))
 
 
-def _check_generation(
-    settings: ChainSettings, workspace: Workspace, photos: ImageSet, test: ImageSet | None, download: bool
-) -> None:
-    """The same of what is needed for synthetic images alone."""
+def _words_to_draw(
+    settings: ChainSettings, workspace: Workspace, photos: ImageSet, screening: Screening, download: bool
+) -> dict[str, tuple[str, ...]]:
+    """Class name -> all words for prompts, once the settings of synthetic images are found to be usable."""
     refuse_two_encoders(resolve_model(settings.engines.model, download=download))
     words = synonyms_for_prompts(settings.engines, photos, download=download)
     make_plan(settings.generate, words, [(settings.style.token, 1.0)], photos)
-    filter_inputs(settings.filter, photos, test)
+    filter_inputs(screening.choices, photos, screening.test)
     judge = Path(settings.filter.classifier or "/").resolve()
     if any(judge.is_relative_to(made.resolve()) for made in (workspace.student, workspace.adapted)):
         raise ConfigError(
             f"--classifier {settings.filter.classifier} is made by this very run from the set that it would "
             "judge; give a student of another workspace, or CLIP"
         )
+    return words
 
 
-def words_for_prompts(settings: EngineSettings, photos: ImageSet, *, download: bool = True) -> dict[str, str]:
+def _first(several: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    return {name: words[0] for name, words in several.items()}
+
+
+def words_for_prompts(settings: EngineSettings, photos: ImageSet) -> dict[str, str]:
     """Class name -> words that the generator understands.
 
     Args:
         settings: name the generator.
         photos: their folder may hold the user's own words.
-        download: whether a hub model may be fetched to look at it.
 
     Raises:
         ModelError: the generator is known not to draw a class.
     """
-    several = synonyms_for_prompts(settings, photos, download=download)
-    return {name: words[0] for name, words in several.items()}
+    return _first(synonyms_for_prompts(settings, photos))
 
 
 def synonyms_for_prompts(
     settings: EngineSettings, photos: ImageSet, *, download: bool = True
 ) -> dict[str, tuple[str, ...]]:
-    """Class name -> all words for it that the generator understands; see `words_for_prompts`."""
+    """Class name -> all words for it that the generator understands; see `words_for_prompts`.
+
+    A hub model is fetched to look at it where `download` allows that.
+    """
     own = class_synonyms(photos.root, photos.classes)
     return prompt_synonyms(resolve_model(settings.model, download=download), photos.classes, own)
 
@@ -231,11 +235,12 @@ def plan_chain(
     """Stage -> its state, without doing anything; what follows a stage that must run is to run as well."""
     plan: dict[str, str] = {}
     _check_settings(settings, knows_classes=synth or student_dir is not None)
-    for stage in _requests(settings, workspace, photos, synth and student_dir is None, student_dir, test):
+    screening, drawn = Screening(settings.filter, test), synth and student_dir is None
+    for stage in _requests(settings, workspace, photos, drawn, student_dir, screening):
         plan[stage.stage] = stage_state(stage)
         if plan[stage.stage] != "unchanged":
             break
-    order = ["build-engines", "learn-style", "generate", "train"] if synth and student_dir is None else []
+    order = ["build-engines", "learn-style", "generate", "train"] if drawn else []
     for name in [*order, "adapt", "export"]:
         plan.setdefault(name, "follows")
     return plan
@@ -247,21 +252,17 @@ def _requests(
     photos: ImageSet,
     synth: bool,
     student_dir: Path | None,
-    test: ImageSet | None,
+    screening: Screening,
 ) -> Iterator[Request]:
     """Each stage's request, made only once the stages before it are known to be there."""
     if synth:
-        _check_generation(settings, workspace, photos, test, download=False)
-        words = words_for_prompts(settings.engines, photos, download=False)
+        several = _words_to_draw(settings, workspace, photos, screening, download=False)
         yield build_engines_request(settings.engines, workspace.engines)
         model = base_model(workspace.engines)
-        yield learn_style_request(settings.style, model, photos, words, workspace.style)
-        token = workspace.style / TOKEN_FILE
-        several = synonyms_for_prompts(settings.engines, photos, download=False)
-        about: dict[str, Any] = {"photos": photos, "screening": Screening(settings.filter, test)}
-        yield generate_request(
-            settings.generate, workspace.engines, several, token, workspace.synthetic, **about
-        )
+        yield learn_style_request(settings.style, model, photos, _first(several), workspace.style)
+        token, out = workspace.style / TOKEN_FILE, workspace.synthetic
+        asked = (settings.generate, workspace.engines, several, token, out)
+        yield generate_request(*asked, photos=photos, screening=screening)
         material = Material(ImageSet.scan(workspace.synthetic), photos)
         yield train_request(settings.train, material, workspace.student)
         student_dir = workspace.student

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from synthkit.artifacts import StageResult
+from synthkit.artifacts import SYNTHETIC, StageResult
 from synthkit.config import override
 from synthkit.engines.bundle import FACTS, Bundle
 from synthkit.images import ImageSet
@@ -38,7 +38,7 @@ from synthkit.recipes.evaluate import predict_labels
 from synthkit.recipes.generate import Screening, generate
 from synthkit.recipes.learn_style import TOKEN_FILE, learn_style
 from synthkit.recipes.procedures import PROCEDURES
-from synthkit.recipes.train import SYNTHETIC, Material, train
+from synthkit.recipes.train import Material, train
 
 FEW_SHOT, SYNTHETIC_ONLY, BRIDGED, ADAPTED = "few-shot", "synthetic", "bridged++", "adapted"
 PLAIN, CONTROL, CLUSTERED, HALF_PLAIN = "plain", "control", "clustered", "half-plain"
@@ -160,8 +160,9 @@ def synthetic_set(draw: Draw, method: str) -> Path:
         learned = learn_style(style, base_model(engines), draw.photos, draw.words, folder / "style")
         token = learned.out / TOKEN_FILE
     settings = replace(draw.settings.generate, **variant.generate)
-    about: dict[str, Any] = {"photos": draw.photos, "screening": Screening(draw.settings.filter, draw.test)}
-    return generate(settings, engines, draw.synonyms, token, folder / "synthetic", **about).out
+    asked = (settings, engines, draw.synonyms, token, folder / "synthetic")
+    screening = Screening(draw.settings.filter, draw.test)
+    return generate(*asked, photos=draw.photos, screening=screening).out
 
 
 def synthetic_only(draw: Draw, method: str) -> Path:

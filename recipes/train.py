@@ -18,7 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from synthkit.artifacts import Request, StageResult, fingerprint, read_manifest, run_stage, stage_state
+from synthkit.artifacts import (
+    SYNTHETIC,
+    Request,
+    StageResult,
+    fingerprint,
+    read_manifest,
+    run_stage,
+    stage_state,
+)
 from synthkit.curves import CURVES
 from synthkit.errors import ConfigError, DataError
 from synthkit.images import ImageSet, k_shot
@@ -32,7 +40,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SYNTHETIC = "synthetic"  # subfolder: the student before it has seen a real photo
 
 # Input side of a student that starts from random weights and real photos alone.
 _SMALL = 64

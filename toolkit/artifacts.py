@@ -31,6 +31,7 @@ from synthkit.errors import WorkspaceError
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+SYNTHETIC = "synthetic"  # subfolder of what `train` writes: the student before it saw a real photo
 _KEY_FILE = ".key.json"  # lies in a partial folder and says which inputs it was begun with
 _REPORTED = (
     "numpy pillow torch torchvision timm diffusers transformers optimum-onnx onnx "

@@ -22,14 +22,13 @@ from safetensors.torch import load_file, save
 from timm.models import group_parameters
 
 from synthkit.architectures import nearest_architecture
-from synthkit.artifacts import read_manifest, write_bytes, write_json
+from synthkit.artifacts import SYNTHETIC, read_manifest, write_bytes, write_json
 from synthkit.errors import ConfigError, ModelError, nearest
 from synthkit.images import ImageSet, Preprocessing
 
 log = logging.getLogger(__name__)
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-BEFORE_PHOTOS = "synthetic"  # subfolder of what `train` writes: the student before the photos
 
 
 @dataclass(frozen=True)
@@ -305,9 +304,9 @@ def before_photos(folder: Path, photos: ImageSet) -> Path:
     manifest = read_manifest(folder)
     if not manifest or manifest.inputs.get("photos") != photos.digest:
         return folder
-    if (folder / BEFORE_PHOTOS / CONFIG).is_file():
-        log.info("%s has learned these photos; %s in it has not, and is taken", folder, BEFORE_PHOTOS)
-        return folder / BEFORE_PHOTOS
+    if (folder / SYNTHETIC / CONFIG).is_file():
+        log.info("%s has learned these photos; %s in it has not, and is taken", folder, SYNTHETIC)
+        return folder / SYNTHETIC
     log.warning(
         "%s has learned these very photos and judges them too well; a student that `synthkit train "
         "--synth-dir` wrote, or foreign weights, would do better",

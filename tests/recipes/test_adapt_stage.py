@@ -16,7 +16,7 @@ pytest.importorskip("timm")
 
 import torch
 
-from synthkit.artifacts import StageResult
+from synthkit.artifacts import SYNTHETIC, StageResult
 from synthkit.errors import ConfigError, DataError, ModelError
 from synthkit.images import ImageSet
 from synthkit.last_layers import Views
@@ -25,7 +25,7 @@ from synthkit.recipes.adapt import adapt, adapt_request, describe
 from synthkit.recipes.path_choice import Verdict, choose_path
 from synthkit.recipes.paths import FULL, PATHS, Site, Start
 from synthkit.recipes.settings import AdaptSettings, TrainSettings
-from synthkit.recipes.train import SYNTHETIC, Material, train
+from synthkit.recipes.train import Material, train
 from synthkit.students import Student, load_student, new_student
 from synthkit.training import Examples, FitSettings, fit
 from tests.tiny_students import colour_folders

@@ -17,13 +17,14 @@ pytest.importorskip("timm")
 import torch
 
 from synthkit import training
+from synthkit.artifacts import SYNTHETIC
 from synthkit.cli import main
 from synthkit.errors import ConfigError
 from synthkit.images import ImageSet
 from synthkit.lessons import Blend
 from synthkit.recipes.procedures import BRIDGED, PROCEDURES
 from synthkit.recipes.settings import TrainSettings
-from synthkit.recipes.train import SYNTHETIC, Material, train, train_request
+from synthkit.recipes.train import Material, train, train_request
 from synthkit.students import load_student
 from synthkit.training import Examples, FitSettings
 from tests.tiny_students import CLASSES, colour_folders, lively_student

@@ -16,10 +16,11 @@ import torch
 from PIL import Image
 
 from synthkit import training
+from synthkit.artifacts import SYNTHETIC
 from synthkit.errors import ConfigError, DataError, ModelError
 from synthkit.images import ImageSet
 from synthkit.recipes.settings import TrainSettings
-from synthkit.recipes.train import SYNTHETIC, Material, synthetic_steps, train, train_request
+from synthkit.recipes.train import Material, synthetic_steps, train, train_request
 from synthkit.students import load_student
 from tests.tiny_students import CLASSES, colour_folders, lively_student, noise
 
