@@ -27,7 +27,7 @@ from tqdm import tqdm
 from synthkit.checkpoints import load_checkpoint, save_checkpoint, step_generator
 from synthkit.diffusion import DiffusionParts, noise_prediction_loss, token_ids
 from synthkit.errors import ConfigError, ModelError
-from synthkit.images import stratified_folds
+from synthkit.splits import stratified_folds
 from synthkit.style import PROMPT, StyleToken
 
 #: Mixed precision -> its type and the constant that keeps its gradients from vanishing (Micikevicius et al.

@@ -26,7 +26,7 @@ import click
 import numpy as np
 
 from synthkit.artifacts import versions, write_json
-from synthkit.images import ImageSet, check_disjoint, k_shot
+from synthkit.images import ImageSet
 from synthkit.metrics import top1
 from synthkit.one_line import OneLineErrors
 from synthkit.recipes.path_choice import choose_path
@@ -41,6 +41,7 @@ from synthkit.recipes.paths import (
     follow,
 )
 from synthkit.recipes.settings import AdaptSettings, TrainSettings
+from synthkit.splits import check_disjoint, k_shot
 
 if TYPE_CHECKING:
     from synthkit.last_layers import Views

@@ -26,8 +26,9 @@ import click
 import numpy as np
 
 from synthkit.artifacts import versions, write_json
-from synthkit.images import ImageSet, k_shot
+from synthkit.images import ImageSet
 from synthkit.one_line import OneLineErrors
+from synthkit.splits import k_shot
 
 if TYPE_CHECKING:
     from synthkit.students import Student

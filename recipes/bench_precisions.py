@@ -17,11 +17,12 @@ from typing import Any, Literal
 import click
 
 from synthkit.artifacts import StageResult, versions, write_json
-from synthkit.images import ImageSet, k_shot
+from synthkit.images import ImageSet
 from synthkit.one_line import OneLineErrors
 from synthkit.recipes.bench_head import regress
 from synthkit.recipes.export import Images, run_export
 from synthkit.recipes.settings import ExportSettings
+from synthkit.splits import k_shot
 
 Form = Literal["cpu", "tensorrt"]
 _FORMS: tuple[Form, ...] = ("cpu", "tensorrt")

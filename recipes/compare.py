@@ -23,13 +23,14 @@ from tqdm import tqdm
 
 from synthkit import metrics
 from synthkit.artifacts import Request, digest, run_stage, versions, write_json
-from synthkit.images import ImageSet, check_disjoint, k_shot
+from synthkit.images import ImageSet
 from synthkit.models import model_fingerprint, resolve_model
 from synthkit.recipes.build_engines import build_engines
 from synthkit.recipes.chain import ChainSettings, Workspace
 from synthkit.recipes.methods import ADAPTED, METHODS, Draw, answers
 from synthkit.recipes.procedures import BRIDGED
 from synthkit.recipes.train import weights_fingerprint
+from synthkit.splits import check_disjoint, k_shot
 
 _PREDICTIONS = "predictions.json"
 

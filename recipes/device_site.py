@@ -13,7 +13,8 @@ from synthkit.engines.bundle import Bundle
 from synthkit.engines.bundle_head import HeadFile
 from synthkit.engines.bundle_memory import Memory, read_memory
 from synthkit.errors import DataError, nearest
-from synthkit.images import ImageSet, refuse_shared
+from synthkit.images import ImageSet
+from synthkit.splits import refuse_shared
 
 
 @dataclass(frozen=True)

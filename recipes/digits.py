@@ -11,8 +11,9 @@ import click
 import numpy as np
 
 from synthkit.artifacts import write_bytes
-from synthkit.images import ImageSet, check_disjoint, png
+from synthkit.images import ImageSet, png
 from synthkit.one_line import OneLineErrors
+from synthkit.splits import check_disjoint
 
 
 def write_digits(folder: Path, shots: int, seed: int) -> tuple[ImageSet, ImageSet]:

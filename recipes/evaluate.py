@@ -11,7 +11,8 @@ import numpy as np
 
 from synthkit import metrics, standalone
 from synthkit.engines.bundle import Bundle
-from synthkit.images import ImageSet, refuse_shared
+from synthkit.images import ImageSet
+from synthkit.splits import refuse_shared
 
 _CHUNK = 256  # images decoded at once
 

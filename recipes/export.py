@@ -14,10 +14,11 @@ import synthkit
 from synthkit.artifacts import Request, StageResult, fingerprint, run_stage
 from synthkit.engines import bundle
 from synthkit.errors import BundleError, ModelError
-from synthkit.images import ImageSet, Preprocessing, check_disjoint
+from synthkit.images import ImageSet, Preprocessing
 from synthkit.recipes.device_write import remember
 from synthkit.recipes.precisions import TestSet, chosen_precisions, make_precisions, measure, settle_default
 from synthkit.recipes.settings import ExportSettings
+from synthkit.splits import check_disjoint
 
 _NOISE_IMAGES = 8
 _SEEN_AT_MOST = 256  # of the photos and of the synthetic images: enough for ranges and for what is held out

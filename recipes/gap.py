@@ -19,8 +19,9 @@ import numpy as np
 
 from synthkit import gap_measures, metrics
 from synthkit.errors import DataError
-from synthkit.images import ImageSet, stratified_folds
+from synthkit.images import ImageSet
 from synthkit.recipes.gap_advice import advise
+from synthkit.splits import stratified_folds
 
 if TYPE_CHECKING:
     from synthkit.students import Student

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from synthkit.images import stratified_folds
 from synthkit.metrics import falls_behind, log_loss
 from synthkit.recipes.paths import FULL, LAST, PATHS, UNCHANGED, AdaptPath, Site, Start, course, follow
+from synthkit.splits import stratified_folds
 
 if TYPE_CHECKING:
     from synthkit.students import Student

@@ -25,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from synthkit.artifacts import Request, run_stage, write_bytes, write_json
-from synthkit.images import ImageSet, check_disjoint, k_shot
+from synthkit.images import ImageSet
 from synthkit.metrics import top1
 from synthkit.one_line import OneLineErrors
 from synthkit.recipes.path_choice import Choice, choose_path, judge
@@ -33,6 +33,7 @@ from synthkit.recipes.paths import FULL, LAST, Site, Start, course, follow
 from synthkit.recipes.photo_summary import ADAPT, markdown, summary
 from synthkit.recipes.settings import AdaptSettings, TrainSettings
 from synthkit.recipes.train import weights_fingerprint
+from synthkit.splits import check_disjoint, k_shot
 
 if TYPE_CHECKING:
     from synthkit.last_layers import Views

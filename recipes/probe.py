@@ -10,7 +10,6 @@ photos that none of them learned. Each cell is a stage's folder: what was measur
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -22,7 +21,7 @@ import numpy as np
 
 from synthkit.artifacts import Request, run_stage, versions
 from synthkit.errors import ConfigError, DataError, ModelError, nearest
-from synthkit.images import ImageSet, check_disjoint, stratified_folds
+from synthkit.images import ImageSet
 from synthkit.metrics import top1
 from synthkit.recipes.paths import LAST, AdaptPath, Site, Start, course, follow
 from synthkit.recipes.probe_inputs import INPUTS
@@ -35,6 +34,7 @@ from synthkit.recipes.train import (
     untrained_student,
     weights_fingerprint,
 )
+from synthkit.splits import check_disjoint, draw, stratified_folds
 
 if TYPE_CHECKING:
     import torch
@@ -249,12 +249,8 @@ def curve(probe: Probe, most: int) -> Iterator[dict[str, Any]]:
 
 def share(images: ImageSet, fraction: float, seed: int) -> ImageSet:
     """A share of every class, at least one image; a larger share of the same seed contains the smaller."""
-    chosen: list[int] = []
-    order = [hashlib.sha256(f"{seed}/{item.sha256}".encode()).digest() for item in images.items]
-    for label, number in enumerate(images.counts().values()):
-        members = [i for i, item in enumerate(images.items) if item.label == label]
-        chosen += sorted(members, key=lambda i: order[i])[: max(1, math.floor(fraction * number))]
-    return images.subset(sorted(chosen))
+    numbers = [max(1, math.floor(fraction * number)) for number in images.counts().values()]
+    return images.subset(draw(images, numbers, seed))
 
 
 def efficiency(probe: Probe, settings: AdaptSettings) -> Iterator[dict[str, Any]]:

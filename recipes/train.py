@@ -29,10 +29,11 @@ from synthkit.artifacts import (
 )
 from synthkit.curves import CURVES
 from synthkit.errors import ConfigError, DataError
-from synthkit.images import ImageSet, k_shot
+from synthkit.images import ImageSet
 from synthkit.metrics import top1
 from synthkit.recipes.procedures import PROCEDURES, Images, Stage
 from synthkit.recipes.settings import TrainSettings
+from synthkit.splits import k_shot
 
 if TYPE_CHECKING:
     from synthkit.students import Student

@@ -20,7 +20,7 @@ import numpy as np
 
 from synthkit import metrics
 from synthkit.artifacts import versions, write_json
-from synthkit.images import ImageSet, check_disjoint, k_shot
+from synthkit.images import ImageSet
 from synthkit.one_line import OneLineErrors
 from synthkit.recipes.chain import ChainSettings
 from synthkit.recipes.compare import Cell, cell_draw
@@ -28,6 +28,7 @@ from synthkit.recipes.generate import generate
 from synthkit.recipes.learn_style import TOKEN_FILE
 from synthkit.recipes.methods import Draw, answers
 from synthkit.recipes.train import Material, synthetic_steps, train
+from synthkit.splits import check_disjoint, k_shot
 
 _LARGEST_EPOCHS = 3  # over the largest set; smaller ones are seen more often
 

@@ -26,7 +26,7 @@ LEVELS = [
     },
     {"synthkit.standalone"},
     {"synthkit.gap_measures", "synthkit.images", "synthkit.metrics", "synthkit.models", "synthkit.style"},
-    {"synthkit.architectures", "synthkit.checkpoints"},
+    {"synthkit.architectures", "synthkit.checkpoints", "synthkit.splits"},
     {"synthkit.diffusion", "synthkit.students"},
     {"synthkit.augmentation", "synthkit.auxiliary_norm", "synthkit.curves", "synthkit.gradients"},
     {"synthkit.training"},

@@ -9,7 +9,6 @@ module knows no model: images go out as uint8 arrays at the student's size.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import logging
 import unicodedata
@@ -275,41 +274,6 @@ def _list_failures(failures: Iterable[tuple[Path, str]]) -> str:
     return "; ".join(f"{path} ({reason})" for path, reason in failures)
 
 
-def check_disjoint(first: ImageSet, second: ImageSet, names: tuple[str, str]) -> None:
-    """Refuse two image sets that share a file's content.
-
-    Args:
-        first: one set.
-        second: the other.
-        names: what to call them in the message, for example ("the few shots", "the test set").
-
-    Raises:
-        DataError: names some of the shared files.
-    """
-    refuse_shared(second, {item.sha256: str(item.path) for item in first.items}, names)
-
-
-def refuse_shared(images: ImageSet, known: Mapping[str, str], names: tuple[str, str]) -> None:
-    """Refuse an image set that holds content of which only hashes are known.
-
-    Args:
-        images: the set.
-        known: SHA-256 -> where that content was seen before.
-        names: what to call the known content and the set in the message.
-
-    Raises:
-        DataError: names some of the shared files.
-    """
-    shared = [f"{item.path} ({known[item.sha256]})" for item in images.items if item.sha256 in known]
-    if shared:
-        more = f" and {len(shared) - _NAMED_AT_MOST} more" if len(shared) > _NAMED_AT_MOST else ""
-        raise DataError(
-            f"{names[1]} shares {len(shared)} image(s) with {names[0]}: "
-            f"{'; '.join(shared[:_NAMED_AT_MOST])}{more}; a measurement needs images never trained on, "
-            "so remove them from one of the two"
-        )
-
-
 def class_words(root: Path, classes: Sequence[str]) -> dict[str, str]:
     """Class name -> the words that a prompt uses: the first of `class_synonyms`.
 
@@ -340,56 +304,6 @@ def class_synonyms(root: Path, classes: Sequence[str]) -> dict[str, tuple[str, .
     if problems:
         raise ConfigError(f"{root / CLASS_WORDS}: {'; '.join(problems)}")
     return {name: tuple(lists.get(name, [name.replace("_", " ")])) for name in classes}
-
-
-def stratified_folds(labels: np.ndarray, k: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Cross-validation splits as (training, validation) positions, each class spread evenly over the folds.
-
-    An image that is alone in its class is trained on in every fold, and there are no more folds than the
-    largest class has images; where every class has one image there is no fold.
-
-    Args:
-        labels: class index per image.
-        k: number of folds at the most.
-        seed: of the draw.
-    """
-    sizes = np.bincount(labels)
-    count = min(k, int(sizes.max()))
-    if count < 2:
-        return []
-    fold = np.full(len(labels), -1)
-    dealt = 0
-    random = np.random.default_rng(seed)
-    for label in np.flatnonzero(sizes > 1):
-        members = random.permutation(np.flatnonzero(labels == label))
-        fold[members] = (dealt + np.arange(len(members))) % count
-        dealt += len(members)
-    return [(np.flatnonzero(fold != one), np.flatnonzero(fold == one)) for one in range(count)]
-
-
-def k_shot(images: ImageSet, shots: int, seed: int) -> np.ndarray:
-    """Positions of a few images of every class; a larger draw of the same seed contains the smaller ones.
-
-    Of exact copies one is drawn at the most.
-
-    Args:
-        images: where to draw from.
-        shots: images per class.
-        seed: of the draw; the order within a class is that of a hash of seed and content.
-
-    Raises:
-        DataError: a class has fewer images.
-    """
-    few = [f"{name} has {number}" for name, number in images.distinct().counts().items() if number < shots]
-    if few:
-        raise DataError(f"{shots} images per class were asked for, but {', '.join(few)}; ask for fewer")
-    first = {item.sha256: position for position, item in reversed(list(enumerate(images.items)))}
-    order = [hashlib.sha256(f"{seed}/{item.sha256}".encode()).digest() for item in images.items]
-    chosen: list[int] = []
-    for label in range(len(images.classes)):
-        members = [position for position in first.values() if images.items[position].label == label]
-        chosen += sorted(members, key=lambda position: order[position])[:shots]
-    return np.array(sorted(chosen))
 
 
 def png(pixels: np.ndarray) -> bytes:

@@ -177,8 +177,9 @@ def _run_chain(
     **values: Any,
 ) -> options.Output:
     from synthkit.artifacts import workspace_lock
-    from synthkit.images import ImageSet, check_disjoint
+    from synthkit.images import ImageSet
     from synthkit.recipes.chain import Workspace, chain_stages, plan_chain
+    from synthkit.splits import check_disjoint
 
     photos, test = ImageSet.scan(real_dir, skip_bad), None
     if test_dir:
