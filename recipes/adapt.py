@@ -99,7 +99,7 @@ def adapt(
 
 
 def _start(student_dir: Path | None, training: TrainSettings, photos: ImageSet) -> Start:
-    from synthkit.students import load_student
+    from synthkit.students import has_learned, load_student
 
     if student_dir is None:
         return Start(untrained_student(training, Material(None, photos)), False, None)
@@ -110,11 +110,9 @@ def _start(student_dir: Path | None, training: TrainSettings, photos: ImageSet) 
             f"the student in {student_dir} knows the classes {', '.join(student.classes)}, the photos show "
             f"{', '.join(photos.classes)}; train a student on these classes"
         )
-    manifest = read_manifest(student_dir)
-    learned = manifest is not None and manifest.inputs.get("photos") == photos.digest
-    if manifest and learned and synthetic.is_dir():
-        as_full = training.procedure == BRIDGED and manifest.config == key_settings(training)
-        return Start(student, True, load_student(student_dir) if as_full else None)
+    learned = has_learned(student_dir, photos)
+    if learned and synthetic.is_dir():
+        return Start(student, True, _as_full(student_dir, training))
     if learned:
         log.warning(
             "adapt: %s has learned these very photos, so cross-validation favours leaving it unchanged; "
@@ -122,6 +120,15 @@ def _start(student_dir: Path | None, training: TrainSettings, photos: ImageSet) 
             student_dir,
         )
     return Start(student, True, None)
+
+
+def _as_full(student_dir: Path, training: TrainSettings) -> Student | None:
+    """The student that learned these photos, if `train` made it just as the path over all layers would."""
+    from synthkit.students import load_student
+
+    manifest = read_manifest(student_dir)
+    same = manifest is not None and manifest.config == key_settings(training)
+    return load_student(student_dir) if same and training.procedure == BRIDGED else None
 
 
 def _student(site: Site, choice: Choice, curves: Path) -> Student:

@@ -294,6 +294,12 @@ def _load_whole(model: torch.nn.Module, path: Path, name: str) -> None:
         raise ModelError(f"{path} does not fit {name}: {len(wrong)} tensors differ, for example {wrong[0]}")
 
 
+def has_learned(folder: Path, photos: ImageSet) -> bool:
+    """Whether the manifest of a student's folder says that it was trained on these very photos."""
+    manifest = read_manifest(folder)
+    return manifest is not None and manifest.inputs.get("photos") == photos.digest
+
+
 def before_photos(folder: Path, photos: ImageSet) -> Path:
     """The folder of a student as it was before it learned these photos, which it now knows too well to judge.
 
@@ -301,8 +307,7 @@ def before_photos(folder: Path, photos: ImageSet) -> Path:
         folder: a student's, or of another kind of model.
         photos: that the student is to judge.
     """
-    manifest = read_manifest(folder)
-    if not manifest or manifest.inputs.get("photos") != photos.digest:
+    if not has_learned(folder, photos):
         return folder
     if (folder / SYNTHETIC / CONFIG).is_file():
         log.info("%s has learned these photos; %s in it has not, and is taken", folder, SYNTHETIC)
