@@ -120,9 +120,13 @@ def _undecided(start: Start) -> AdaptPath:
 
     In two draws of one photo per class each, judged on further photos outside the draw and the test set,
     training the last unit gained 2 and 7 points on handwritten digits and lost 9 and 20 on meter digits: what
-    synthetic images taught is the safer choice. A new head has to learn.
+    synthetic images taught is the safer choice.
+
+    A new head has to learn. Over 40 draws of five photo sets (mobilenetv2 at 64 and 112 pixels, mobilenetv1
+    at 64), judged on further photos of the pools, the last 4 units from class means were right in 37.7 %, the
+    last 2 in 36.8 %, the last 1 in 34.2 %; from heads of zero 37.1, 37.3 and 34.8 %.
     """
-    return UNCHANGED if start.knows_classes else LAST[0]
+    return UNCHANGED if start.knows_classes else LAST[-1]
 
 
 def judge(path: AdaptPath, site: Site, only_last: bool = False, rival: Verdict | None = None) -> Verdict:

@@ -6,8 +6,9 @@
                                        └─ `adapt`: one of these paths, by cross-validation on the k photos
 
 Every method gets the same photos; at one seed a draw of more photos contains the smaller ones. Test images
-only measure. A cell that is done is skipped, and the result is written anew after each. Students run at a
-small input size, and at most so many test images count, chosen by their content's hash.
+only measure. A cell that is done is skipped, and the result is written anew after each; cells of another
+machine join the table with `--add`. Students run at a small input size, and at most so many test images
+count, chosen by their content's hash.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from synthkit.artifacts import Request, run_stage, write_bytes, write_json
+from synthkit.errors import ConfigError
 from synthkit.images import ImageSet
 from synthkit.metrics import top1
 from synthkit.one_line import OneLineErrors
@@ -140,8 +142,8 @@ def measure(site: Site, subject: Subject, c: float) -> tuple[Answers, Choice, li
     answers[MEANS] = {0: answers[LAST_MEANS][0]}
     answers[LOGISTIC] = {0: logistic(site, subject, c)}
     answers[FULL.name] = trained(FULL, site, subject)
-    taken = LAST_MEANS if site.head == "means" else choice.path.name
-    answers[ADAPT] = {choice.steps: answers[taken][choice.steps]}
+    taken = answers[choice.path.name] if site.head == "keep" else trained(choice.path, site, subject)
+    answers[ADAPT] = {choice.steps: taken[choice.steps]}
     verdicts = [one.figures() for one in choice.verdicts]
     if site.folds > 1:
         verdicts.append(judge(LAST[0], means).figures() | {"path": LAST_MEANS})
@@ -204,6 +206,40 @@ def few(images: ImageSet, most: int) -> ImageSet:
     return images.subset(sorted(by_hash[:most]))
 
 
+def added(files: Sequence[Path], asked: dict[str, Any]) -> list[dict[str, Any]]:
+    """The cells of results that were written before, or elsewhere.
+
+    Args:
+        files: results of this program.
+        asked: the settings that they must have been measured with.
+
+    Raises:
+        ConfigError: a file is no such result, or has other settings.
+    """
+    cells: list[dict[str, Any]] = []
+    for file in files:
+        try:
+            result = json.loads(file.read_text(encoding="utf-8"))
+            measured_with, of_file = result["settings"], result["cells"]
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(f"--add {file} is no result of this program") from None
+        for name, value in json.loads(json.dumps(asked)).items():
+            if (found := measured_with.get(name)) != value:
+                raise ConfigError(
+                    f"--add {file} was measured with {name} = {found}, not {value}; leave it out"
+                )
+        cells += of_file
+    return cells
+
+
+def _write(out: Path, cells: Sequence[dict[str, Any]], asked: dict[str, Any]) -> str:
+    """The result as JSON and Markdown, which is returned."""
+    result = summary(cells, asked)
+    write_json(out, result)
+    write_bytes(out.with_suffix(".md"), (markdown(result) + "\n").encode())
+    return markdown(result)
+
+
 def _pairs(_context: click.Context, _option: click.Parameter, texts: Sequence[str]) -> dict[str, str]:
     found = dict(text.partition("=")[::2] for text in texts)
     if not all(name and value for name, value in found.items()):
@@ -234,6 +270,12 @@ def _subjects(
 @click.option("--full-steps", default=30, show_default=True, help="Gradient steps over all layers.")
 @click.option("--full-lr", default=0.0005, show_default=True, help="Peak learning rate of all layers.")
 @click.option("--c", default=100.0, show_default=True, help="scikit-learn's C.")
+@click.option(
+    "--add",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Result of the same settings, whose cells are not measured again.",
+)
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Folder of the cells.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="JSON file; Markdown beside it.")
 def main(
@@ -247,6 +289,7 @@ def main(
     full_steps: int,
     full_lr: float,
     c: float,
+    add: Sequence[Path],
     work: Path,
     out: Path,
 ) -> None:
@@ -259,14 +302,14 @@ def main(
     training = TrainSettings(lr=full_lr, real_steps=full_steps)
     asked = {"size": size, "c": c, "adapt": asdict(settings), "full": {"steps": full_steps, "lr": full_lr}}
     asked["n_test"] = {name: len(subject.test) for (name, _), subject in subjects.items()}
-    measured: list[dict[str, Any]] = []
-    for cell in tqdm(order(cells), unit="cell"):
+    measured = added(add, asked)
+    known = {Cell(*(one[field.name] for field in fields(Cell))) for one in measured}
+    text = _write(out, measured, asked)
+    for cell in tqdm([one for one in order(cells) if one not in known], unit="cell"):
         subject = subjects[cell.set, cell.student]
         measured.append(run_cell(subject, cell, settings, training, c, work))
-        result = summary(measured, asked)
-        write_json(out, result)
-        write_bytes(out.with_suffix(".md"), (markdown(result) + "\n").encode())
-    click.echo(markdown(result))
+        text = _write(out, measured, asked)
+    click.echo(text)
 
 
 if __name__ == "__main__":

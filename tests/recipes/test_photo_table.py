@@ -63,10 +63,12 @@ def test_every_method_answers_for_every_draw(table: dict[str, Any]) -> None:
 
 def test_adapt_answers_as_the_path_that_it_chose(table: dict[str, Any]) -> None:
     for cell in table["cells"]:
-        taken = "last-1 means" if cell["shots"] == 1 else cell["path"]
-        assert cell["on_the_way"]["adapt"] == {
-            str(cell["steps"]): cell["on_the_way"][taken][str(cell["steps"])]
-        }
+        steps = str(cell["steps"])
+        assert list(cell["on_the_way"]["adapt"]) == [steps]
+        if cell["shots"] == 1:
+            assert (cell["path"], steps) == ("last-4", "4")
+        else:
+            assert cell["top1"]["adapt"] == cell["on_the_way"][cell["path"]][steps]
         judged = [one["path"] for one in cell["cross_validation"]]
         assert judged == (
             [] if cell["shots"] == 1 else [*map("last-{}".format, (1, 2, 4)), "full", "last-1 means"]
@@ -82,6 +84,29 @@ def test_cells_are_kept(folders: Path, table: dict[str, Any], monkeypatch: pytes
     assert json.loads((folders / "table.json").read_text("utf-8")) == table
     with pytest.raises(AssertionError, match="measured again"):
         call(folders, "--full-lr", "0.1")
+
+
+def test_cells_of_another_machine_join_the_table(
+    folders: Path, table: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "half.json").write_text(json.dumps({**table, "cells": table["cells"][:2]}), "utf-8")
+    measured: list[Cell] = []
+
+    def spy(_subject: Any, cell: Cell, *_rest: Any) -> dict[str, Any]:
+        measured.append(cell)
+        return dict(table["cells"][len(measured) + 1])
+
+    monkeypatch.setattr(recipe, "run_cell", spy)
+    assert (
+        call(folders, "--add", str(tmp_path / "half.json"), "--out", str(tmp_path / "t.json")).exit_code == 0
+    )
+    assert [(cell.shots, cell.seed) for cell in measured] == [(1, 1), (2, 1)]
+    assert json.loads((tmp_path / "t.json").read_text("utf-8")) == table
+    result = call(folders, "--add", str(tmp_path / "half.json"), "--full-lr", "0.1")
+    assert result.exit_code == 1 and "full = {'steps': 2, 'lr': 0.0005}, not" in result.stderr
+    (tmp_path / "half.json").write_text("[]", "utf-8")
+    result = call(folders, "--add", str(tmp_path / "half.json"))
+    assert result.exit_code == 1 and "is no result of this program" in result.stderr
 
 
 def test_methods_get_the_same_photos_and_no_test_image(
