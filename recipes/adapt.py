@@ -133,11 +133,10 @@ def _as_full(student_dir: Path, training: TrainSettings) -> Student | None:
 
 def _student(site: Site, choice: Choice, curves: Path) -> Student:
     """The student at the end of the path."""
-    as_trained = site.settings.head in ("auto", "new") and choice.steps == site.training.real_steps
-    if choice.path is FULL and site.start.full and as_trained:
+    if choice.path is FULL and site.start.full and site.settings.head in ("auto", "new"):
         return site.start.full
     begun = course(choice.path, site)
-    follow(choice.path, site, begun, stop=choice.steps, curves=curves)
+    follow(choice.path, site, begun, curves=curves)
     return begun.whole
 
 

@@ -68,10 +68,7 @@ def stage(site: Site, path: AdaptPath) -> Student:
 
 def whole(site: Site, path: AdaptPath) -> Student:
     """Let cross-validation choose the path, then train along it."""
-    choice = choose_path(site)
-    begun = course(choice.path, site)
-    follow(choice.path, site, begun, stop=choice.steps)
-    return begun.whole
+    return stage(site, choose_path(site).path)
 
 
 def timm_style(photos: ImageSet, site: Site, path: AdaptPath) -> Student:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _MOST_FOLDS = 4
-_CHECKPOINTS = 4  # of a path, at which the held-out photos are looked at
+_LOOKS = 4  # on the way along a path
 _BATCH = 32
 
 # Of the last units. A head that begins with nothing needs more: with mobilenetv2 at 96 pixels, 4 and 16
@@ -214,7 +214,6 @@ def follow(
     site: Site,
     begun: Course,
     *,
-    stop: int | None = None,
     look: Callable[[int], None] | None = None,
     curves: Path | None = None,
 ) -> None:
@@ -224,7 +223,6 @@ def follow(
         path: which.
         site: gives the settings.
         begun: what is trained, and on which photos.
-        stop: gradient steps after which to stop on the schedule of all; None: all.
         look: called with the number of steps done, before the first and a few times on the way.
         curves: file for losses and learning rates.
     """
@@ -234,8 +232,8 @@ def follow(
     head = site.settings.head if path is FULL else site.head
     if head == "means" and path is not UNCHANGED:
         head_from_means(begun.trained, _head_name(begun.whole), begun.lesson, begun.labels)
-    settings = replace(fit_settings(path, site), stop=stop)
-    every = max(1, settings.steps // _CHECKPOINTS)
+    settings = fit_settings(path, site)
+    every = max(1, settings.steps // _LOOKS)
     watch = (every, look) if look else None
     fit(begun.trained, begun.lesson, settings, label=path.name, watch=watch, curves=curves)
 

@@ -1,7 +1,7 @@
 """Few photos, no generator: which way of learning wins where, `python -m synthkit.recipes.photo_table`
 
     pool ──k photos per class──► cell ─┬─ all layers ("full")
-    (set, student, shots, seed)        ├─ the last 1, 2, 4 units; the last from class means
+    (set, student, shots, seed)        ├─ the last 1, 2, 4 units; the last 4 from class means
                                        ├─ class means alone, logistic regression on frozen features
                                        └─ `adapt`: one of these paths, by cross-validation on the k photos
 
@@ -30,7 +30,7 @@ from synthkit.errors import ConfigError
 from synthkit.images import ImageSet
 from synthkit.metrics import top1
 from synthkit.one_line import OneLineErrors
-from synthkit.recipes.path_choice import Choice, choose_path, judge
+from synthkit.recipes.path_choice import Choice, choose_path
 from synthkit.recipes.paths import FULL, LAST, Site, Start, course, follow
 from synthkit.recipes.photo_summary import ADAPT, markdown, summary
 from synthkit.recipes.settings import AdaptSettings, TrainSettings
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MEANS, LAST_MEANS, LOGISTIC = "means", "last-1 means", "logistic"
+MEANS, LAST_MEANS, LOGISTIC = "means", "last-4 means", "logistic"
 _PREDICTIONS = "predictions.json"
 _FIRST_SHOTS = (1, 4, 16)  # of the first seed, measured before all else
 
@@ -138,16 +138,13 @@ def measure(site: Site, subject: Subject, c: float) -> tuple[Answers, Choice, li
     choice = choose_path(site)
     zero, means = (replace(site, settings=replace(site.settings, head=head)) for head in ("keep", "means"))
     answers = {path.name: trained(path, zero, subject) for path in LAST}
-    answers[LAST_MEANS] = trained(LAST[0], means, subject)
+    answers[LAST_MEANS] = trained(LAST[-1], means, subject)
     answers[MEANS] = {0: answers[LAST_MEANS][0]}
     answers[LOGISTIC] = {0: logistic(site, subject, c)}
     answers[FULL.name] = trained(FULL, site, subject)
-    taken = answers[choice.path.name] if site.head == "keep" else trained(choice.path, site, subject)
+    taken = answers[LAST_MEANS if site.head == "means" else choice.path.name]
     answers[ADAPT] = {choice.steps: taken[choice.steps]}
-    verdicts = [one.figures() for one in choice.verdicts]
-    if site.folds > 1:
-        verdicts.append(judge(LAST[0], means).figures() | {"path": LAST_MEANS})
-    return answers, choice, verdicts
+    return answers, choice, [one.figures() for one in choice.verdicts]
 
 
 def run_cell(

@@ -125,20 +125,6 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     assert not changed(broken, state(whole))
 
 
-def test_stopping_early_follows_the_same_schedule(examples: Examples) -> None:
-    whole, stopped = lively_student(classes=COLOURS), lively_student(classes=COLOURS)
-    at_three: list[dict[str, torch.Tensor]] = []
-
-    def remember(steps: int) -> None:
-        if steps == 3:
-            at_three.append(state(whole))
-
-    fit(whole, examples, SETTINGS, watch=(3, remember))
-    fit(stopped, examples, replace(SETTINGS, stop=3))
-    assert not changed(stopped, at_three[0])
-    assert changed(stopped, state(whole))
-
-
 def test_watch_is_called_first_after_every_n_steps_and_last(student: Student, examples: Examples) -> None:
     seen: list[int] = []
     fit(student, examples, SETTINGS, watch=(3, seen.append))

@@ -52,7 +52,6 @@ class FitSettings:
         smoothing: label smoothing.
         frozen_statistics: BatchNorm and dropout in eval mode, as last-layer adaptation needs.
         seed: of order, augmentation and Mixup.
-        stop: steps after which to stop on the schedule of all steps; None: all.
         opt: timm's name of the optimiser.
         schedule: "one-cycle" (see `one_cycle`), or timm's name of a schedule.
         layer_decay: share of the learning rate that each unit gets of the next one's; 1: all the same.
@@ -71,7 +70,6 @@ class FitSettings:
     smoothing: float = 0.1
     frozen_statistics: bool = False
     seed: int = 0
-    stop: int | None = None
     opt: str = "adamw"
     schedule: str = "one-cycle"
     layer_decay: float = 1.0
@@ -208,21 +206,20 @@ def fit(
         return
     run = _Run(student, settings, label, checkpoint, curves, held_out)
     order = _order(len(lesson), settings)
-    stop = settings.steps if settings.stop is None else settings.stop
-    looks = max(1, stop // _LOOKS)
-    for step in tqdm(range(stop), label, disable=None, leave=False):
+    looks = max(1, settings.steps // _LOOKS)
+    for step in tqdm(range(settings.steps), label, disable=None, leave=False):
         picked = next(order)
         if step < run.start:
             continue
         run.learn(step, *lesson.batch(student, picked, step, settings))
-        if (step + 1) % looks == 0 or step + 1 == stop:
+        if (step + 1) % looks == 0 or step + 1 == settings.steps:
             run.look(step + 1)
         if (step + 1) % _CHECKPOINT_EVERY == 0:
             run.keep(step + 1)
-        if watch and ((step + 1) % watch[0] == 0 or step + 1 == stop):
+        if watch and ((step + 1) % watch[0] == 0 or step + 1 == settings.steps):
             with run.averaged():
                 watch[1](step + 1)
-    run.finish(stop)
+    run.finish(settings.steps)
 
 
 class _Run:

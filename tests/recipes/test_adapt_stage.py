@@ -252,7 +252,7 @@ def test_one_photo_of_a_class_leaves_nothing_to_hold_out(
     assert "one photo" in metrics["reason"]
     settings = replace(TRAINING, weights=str(saved(good, tmp_path / "weights")))
     fresh = adapt(SETTINGS, settings, None, one, tmp_path / "fresh").manifest.metrics
-    assert (fresh["path"], fresh["steps"]) == ("last-1", 8)
+    assert (fresh["path"], fresh["steps"]) == ("last-4", 8)
 
 
 def test_no_steps_on_real_photos_is_a_choice_too(good: Student, photos: ImageSet) -> None:

@@ -17,10 +17,10 @@ import torch
 from synthkit.errors import ModelError
 from synthkit.images import ImageSet
 from synthkit.last_layers import before_last, head_from_means, see, split
-from synthkit.recipes import paths
+from synthkit.recipes import path_choice, paths
 from synthkit.recipes.adapt import adapt
-from synthkit.recipes.path_choice import choose_path
-from synthkit.recipes.paths import FULL, LAST, UNCHANGED, Site, Start, candidates, course, follow
+from synthkit.recipes.path_choice import Verdict, choose_path, judge
+from synthkit.recipes.paths import FULL, LAST, UNCHANGED, AdaptPath, Site, Start, candidates, course, follow
 from synthkit.recipes.settings import AdaptSettings, TrainSettings
 from synthkit.students import Student, load_student
 from synthkit.training import Examples
@@ -106,7 +106,8 @@ def test_class_means_come_from_the_photos_that_are_learned(
         lambda _student, _head, lesson, _labels: seen.append(len(lesson)),
     )
     choose_path(site(photos, knows_classes=False, head="means"))
-    assert seen == [6] * 3 * len([*LAST, FULL]), "three folds of three photos each"
+    assert seen == [6] * len(seen), "three folds of three photos each"
+    assert 3 * len(LAST) < len(seen) <= 3 * len([*LAST, FULL]), "all layers may be given up early"
 
 
 def test_class_means_need_a_linear_head(photos: ImageSet) -> None:
@@ -176,6 +177,53 @@ def test_a_new_head_is_tried_on_last_units_only() -> None:
     auto = AdaptSettings()
     assert candidates(auto, knows_classes=False) == [*LAST, FULL]
     assert candidates(auto, knows_classes=True) == [UNCHANGED, *LAST, FULL]
+
+
+@pytest.mark.parametrize(
+    ("knows_classes", "right", "expected"),
+    [
+        (False, {"last-2": 7, "last-4": 6, "full": 7}, "last-4"),  # ahead by one photo: chance
+        (False, {"last-2": 8, "last-4": 6, "full": 9}, "full"),
+        (False, {"last-2": 9, "last-4": 6, "full": 9}, "last-2"),
+        (True, {"unchanged": 6, "last-2": 7, "last-4": 6, "full": 7}, "last-2"),
+        (True, {"unchanged": 7, "last-2": 7, "last-4": 7, "full": 7}, "unchanged"),
+    ],
+)
+def test_the_default_for_new_classes_is_left_for_a_path_that_is_clearly_ahead(
+    photos: ImageSet,
+    monkeypatch: pytest.MonkeyPatch,
+    knows_classes: bool,
+    right: dict[str, int],
+    expected: str,
+) -> None:
+    """Of nine photos the first so many are right along each path."""
+
+    def verdict(path: AdaptPath, *_rest: Any, **_more: Any) -> Verdict:
+        count = right.get(path.name, 0)
+        return Verdict(path.name, 4, count / 9, 1.0, np.ones(9, bool), np.arange(9) < count)
+
+    monkeypatch.setattr(path_choice, "judge", verdict)
+    assert choose_path(site(photos, knows_classes)).path.name == expected
+
+
+@pytest.mark.parametrize(("knows_classes", "judged"), [(True, 9), (False, 3)])
+def test_all_layers_that_are_no_better_are_given_up_where_classes_are_new(
+    photos: ImageSet, knows_classes: bool, judged: int
+) -> None:
+    here = site(photos, knows_classes)
+    equal = judge(FULL, here)
+    assert equal.judged.all()
+    assert judge(FULL, here, rival=equal).judged.sum() == judged
+
+
+def test_the_reason_says_why_the_default_is_kept(photos: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    def verdict(path: AdaptPath, *_rest: Any, **_more: Any) -> Verdict:
+        count = 7 if path is FULL else 6
+        return Verdict(path.name, 4, count / 9, 1.0, np.ones(9, bool), np.arange(9) < count)
+
+    monkeypatch.setattr(path_choice, "judge", verdict)
+    assert "no path is ahead of it by more than chance" in choose_path(site(photos, False)).reason
+    assert "chance" not in choose_path(site(photos)).reason
 
 
 def spoiling(photos: ImageSet, tmp_path: Path) -> tuple[Path, AdaptSettings]:
