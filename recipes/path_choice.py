@@ -96,8 +96,8 @@ def _chosen(start: Start, verdicts: Sequence[Verdict]) -> Verdict:
     """The path with most held-out photos right; of equal ones that which changes least.
 
     Where the classes are new, the default, unless others are ahead by more than a standard deviation of
-    chance. Over ten draws of 2 and 4 photos per class of five photo sets (mobilenetv2 at 64 pixels), judged on
-    further photos of the pools, this was right in 50.3 %. The best of four looks along every path, however
+    chance. Over ten draws of 2 and 4 photos per class of five photo sets (mobilenetv2 at 64 pixels), judged
+    on further photos of the pools, this was right in 50.3 %. The best of four looks along every path, however
     little ahead, gave 49.8 %; always the last 4, 2, 1 units or all layers 49.0, 49.5, 45.4, 48.0 %; the best
     path of every draw in hindsight 52.5 %.
     """
