@@ -289,7 +289,7 @@ def plot(table: Sequence[dict[str, Any]], path: Path) -> None:
     """Top-1 over shots, one line per method, with the standard deviation over the draws as error bars."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
     for method in dict.fromkeys(row["method"] for row in table):
         of_method = [row for row in table if row["method"] == method]
@@ -302,5 +302,5 @@ def plot(table: Sequence[dict[str, Any]], path: Path) -> None:
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set(xlabel="photos per class", ylabel="top-1 on real test images")
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside right upper")  # beside the lines: ten methods would hide them
     figure.savefig(path, dpi=100)

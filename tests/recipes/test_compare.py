@@ -122,7 +122,7 @@ def test_what_was_measured_is_not_measured_again(
     assert result.exit_code == 0, result.stderr
     assert markdown(answer) in result.stdout
     assert (workspace / "compare.md").read_text("utf-8").strip() in result.stdout
-    assert Image.open(workspace / "compare.png").size == (600, 400)
+    assert Image.open(workspace / "compare.png").size == (900, 400)
     assert {path: path.stat().st_mtime_ns for path in workspace.rglob("*.onnx")} == before
 
 
