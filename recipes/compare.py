@@ -266,19 +266,29 @@ def _described(scores: Scores, test: ImageSet) -> dict[str, Any]:
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """The table as Markdown: a line per number of shots, a column per method, and how far each is ahead."""
-    found = {(row["shots"], row["method"]): row for row in result["rows"]}
-    methods = list(dict.fromkeys(row["method"] for row in result["rows"]))
-    lines = [f"| photos per class | {' | '.join(methods)} |", "|---:" * (1 + len(methods)) + "|"]
-    for shots in sorted({shots for shots, _ in found}):
-        cells = [_cell(found[shots, method]) for method in methods]
-        lines.append(f"| {shots} | {' | '.join(cells)} |")
+    """The table as Markdown, and how far each method is ahead of the first."""
+    lines = shots_table(result["rows"])
     if result["paired"]:
-        lines += ["", f"Ahead of {methods[0]} on the same draws, in points (p of a paired t-test):", ""]
+        lines += [
+            "",
+            f"Ahead of {result['rows'][0]['method']} on the same draws, in points (p of a paired t-test):",
+            "",
+        ]
     for row in result["paired"]:
         p = "" if row["p_value"] is None else f" (p = {row['p_value']:.3f})"
         lines.append(f"- {row['method']}, {row['shots']} per class: {100 * row['ahead']:+.1f}{p}")
     return "\n".join(lines)
+
+
+def shots_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines of Markdown: one per number of shots, with a column per method."""
+    found = {(row["shots"], row["method"]): row for row in rows}
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    lines = [f"| photos per class | {' | '.join(methods)} |", "|---:" * (1 + len(methods)) + "|"]
+    for shots in sorted({shots for shots, _ in found}):
+        cells = [_cell(found[shots, method]) for method in methods]
+        lines.append(f"| {shots} | {' | '.join(cells)} |")
+    return lines
 
 
 def _cell(row: Mapping[str, Any]) -> str:

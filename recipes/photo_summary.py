@@ -11,6 +11,7 @@ import numpy as np
 
 from synthkit.artifacts import versions
 from synthkit.metrics import mean_interval, over_draws, paired_p_value
+from synthkit.recipes.compare import shots_table
 
 ADAPT = "adapt"
 #: The ways that a user could fix beforehand, and `adapt` chooses from or stands beside.
@@ -155,24 +156,12 @@ def markdown(result: Mapping[str, Any]) -> str:
     for student in dict.fromkeys(row["student"] for row in result["overall"]):
         of_student = [row for row in result["overall"] if row["student"] == student]
         lines += ["", f"{student}, mean over {of_student[0]['sets']} sets ± deviation over the seeds", ""]
-        lines += _table(of_student)
+        lines += shots_table(of_student)
     lines += ["", "Ahead of full fine-tuning on the same draws, in points (p of a paired t-test):", ""]
     lines += [_ahead(row) for row in result["paired"]]
     if result["adapt"]["cells"]:
         lines += ["", _sentence(result["adapt"])]
     return "\n".join(lines).strip()
-
-
-def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    found = {(row["shots"], row["method"]): row for row in rows}
-    lines = [f"| photos per class | {' | '.join(methods)} |", "|---:" * (1 + len(methods)) + "|"]
-    for shots in sorted({row["shots"] for row in rows}):
-        cells = [
-            f"{_mean(row):.3f} ± {row['top1_std']:.3f}" for row in (found[shots, name] for name in methods)
-        ]
-        lines.append(f"| {shots} | {' | '.join(cells)} |")
-    return lines
 
 
 def _ahead(row: Mapping[str, Any]) -> str:

@@ -117,6 +117,8 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
             [row["photos"] for row in rows], [row["top1"] for row in rows], marker="o", label=way
         )
     over_photos.set_xscale("log", base=2)
+    over_photos.set_xticks(sorted({row["photos"] for row in found["efficiency"]}))
+    over_photos.xaxis.set_major_formatter("{x:g}")
     over_photos.set(xlabel="real photos")
     for axes in (over_units, over_photos):
         axes.grid(alpha=0.3)

@@ -186,6 +186,7 @@ def test_one_seed_tells_no_deviation() -> None:
     found = summary([cell("a", 0), cell("b", 0)], {})
     assert found["adapt"] == {"cells": 0} and standing(found["rows"]) == {"cells": 0}
     assert "standard deviation of the best" not in markdown(found)
+    assert "| 4 | 0.500 | 0.500 |" in markdown(found)
 
 
 def test_an_unfinished_table_counts_only_seeds_that_have_every_set() -> None:
