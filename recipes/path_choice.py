@@ -76,7 +76,7 @@ def choose_path(site: Site) -> Choice:
     if len(site.candidates) == 1:
         return _as_asked(site, site.candidates[0])
     if site.folds < 2:
-        path = default(site.start)
+        path = _default(site.start)
         reason = "the default where a class has one photo, since none can be held out"
         return Choice(path, site.steps(path), reason, [])
     verdicts: list[Verdict] = []
@@ -112,7 +112,7 @@ def _rival(start: Start, verdicts: Sequence[Verdict]) -> Verdict:
     """What all layers have to beat: the best other path or, where the classes are new, the default."""
     if start.knows_classes:
         return _best(verdicts)
-    return next(verdict for verdict in verdicts if verdict.path == default(start).name)
+    return next(verdict for verdict in verdicts if verdict.path == _default(start).name)
 
 
 def _hopeless(start: Start, right: np.ndarray, rival: np.ndarray) -> bool:
@@ -151,7 +151,7 @@ def _as_asked(site: Site, path: AdaptPath) -> Choice:
     return replace(choice, verdicts=verdicts)
 
 
-def default(start: Start) -> AdaptPath:
+def _default(start: Start) -> AdaptPath:
     """The path where a class has one photo; where the classes are new, others have to be clearly ahead of it.
 
     In two draws of one photo per class each, judged on further photos outside the draw and the test set,

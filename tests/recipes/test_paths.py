@@ -213,7 +213,9 @@ def test_all_layers_that_are_no_better_are_given_up_where_classes_are_new(
     here = site(photos, knows_classes)
     equal = judge(FULL, here)
     assert equal.judged.all()
-    assert judge(FULL, here, rival=equal).judged.sum() == judged
+    again = judge(FULL, here, rival=equal)
+    assert again.judged.sum() == judged
+    assert again.top1 == again.right[again.judged].mean() > 0, "a share of those that were held out"
 
 
 def test_the_reason_says_why_the_default_is_kept(photos: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
