@@ -35,7 +35,12 @@ def summary(cells: Cells, asked: Mapping[str, Any]) -> dict[str, Any]:
     rows = [row for group in _groups(cells, "set", "student", "shots") for row in _rows(group)]
     return {
         "rows": rows,
-        "overall": [row for group in _groups(cells, "student", "shots") for row in _overall(group)],
+        "overall": [
+            row
+            for of_student in _groups(cells, "student")
+            for group in _groups(of_student, "shots")
+            for row in _overall(group, len(_groups(of_student, "set")))
+        ],
         "paired": [row for group in _groups(cells, "shots") for row in _paired(group)],
         "adapt": standing(rows),
         "cells": list(cells),
@@ -70,9 +75,9 @@ def _rows(cells: Cells) -> list[dict[str, Any]]:
     ]
 
 
-def _overall(cells: Cells) -> list[dict[str, Any]]:
-    """Mean over the sets of one student and number of shots, with the deviation of a seed's mean."""
-    seeds = [seed for seed in _groups(cells, "seed") if len(seed) == len(_groups(cells, "set"))]
+def _overall(cells: Cells, sets: int) -> list[dict[str, Any]]:
+    """Mean over so many sets of one student and number of shots, with the deviation of a seed's mean."""
+    seeds = [seed for seed in _groups(cells, "seed") if len(seed) == sets]
     return [
         {
             "student": cells[0]["student"],
@@ -81,7 +86,7 @@ def _overall(cells: Cells) -> list[dict[str, Any]]:
             **over_draws("top1", means),
             "top1_interval": mean_interval(means),
             "seeds": len(means),
-            "sets": len(_groups(cells, "set")),
+            "sets": sets,
         }
         for method in cells[0]["top1"]
         for means in [np.array([_draws(seed, method).mean() for seed in seeds])]

@@ -193,3 +193,5 @@ def test_an_unfinished_table_counts_only_seeds_that_have_every_set() -> None:
     found = summary([cell("a", 0, full=0.4), cell("b", 0, full=0.6), cell("a", 1, full=1.0)], {})
     overall = next(row for row in found["overall"] if row["method"] == "full")
     assert overall["top1_mean"] == 0.5 and overall["seeds"] == 1
+    more = [{**cell("a", 0), "shots": 8}, cell("a", 0), cell("b", 0)]
+    assert {row["shots"] for row in summary(more, {})["overall"]} == {4}, "8 photos: one set of two"
