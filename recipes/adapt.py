@@ -92,7 +92,7 @@ def adapt(
         log.info("adapt: %s, %s", choice.path.name, choice.reason)
         _student(site, choice, work / CURVES).save(work)
         scores = [verdict.figures() for verdict in choice.verdicts]
-        metrics = {"path": choice.path.name, "steps": choice.steps, "reason": choice.reason}
+        metrics = {"path": choice.path.name, "steps": site.steps(choice.path), "reason": choice.reason}
         return {**metrics, "cross_validation": scores}
 
     return run_stage(adapt_request(settings, training, student_dir, photos, out), produce, force=force)

@@ -56,13 +56,11 @@ class Choice:
 
     Attributes:
         path: which.
-        steps: its gradient steps.
         reason: why, for a person.
         verdicts: what cross-validation said of each path.
     """
 
     path: AdaptPath
-    steps: int
     reason: str
     verdicts: list[Verdict]
 
@@ -76,9 +74,8 @@ def choose_path(site: Site) -> Choice:
     if len(site.candidates) == 1:
         return _as_asked(site, site.candidates[0])
     if site.folds < 2:
-        path = _default(site.start)
         reason = "the default where a class has one photo, since none can be held out"
-        return Choice(path, site.steps(path), reason, [])
+        return Choice(_default(site.start), reason, [])
     verdicts: list[Verdict] = []
     for path in site.candidates:
         verdicts.append(judge(path, site, rival=_rival(site.start, verdicts) if path is FULL else None))
@@ -89,7 +86,7 @@ def choose_path(site: Site) -> Choice:
     )
     if chosen.top1 < _best(finished).top1:
         reason += "; the default, since no path is ahead of it by more than chance"
-    return Choice(PATHS[chosen.path], chosen.steps, reason, verdicts)
+    return Choice(PATHS[chosen.path], reason, verdicts)
 
 
 def _chosen(start: Start, verdicts: Sequence[Verdict]) -> Verdict:
@@ -135,7 +132,7 @@ def _best(verdicts: Sequence[Verdict]) -> Verdict:
 
 def _as_asked(site: Site, path: AdaptPath) -> Choice:
     """The one path that was asked for; where it does worse than the unchanged student, the reason says so."""
-    choice = Choice(path, site.steps(path), "as asked for", [])
+    choice = Choice(path, "as asked for", [])
     if path is UNCHANGED or not site.start.knows_classes:
         return choice
     if site.folds < 2:

@@ -134,7 +134,7 @@ class Site:
         return "means" if new and takes_means(self.start.student.head) else "keep"
 
     def steps(self, path: AdaptPath) -> int:
-        """Gradient steps of a path at the most."""
+        """Gradient steps of a path."""
         if path is UNCHANGED:
             return 0
         if path is FULL:

@@ -143,7 +143,8 @@ def measure(site: Site, subject: Subject, c: float) -> tuple[Answers, Choice, li
     answers[LOGISTIC] = {0: logistic(site, subject, c)}
     answers[FULL.name] = trained(FULL, site, subject)
     taken = answers[LAST_MEANS if site.head == "means" else choice.path.name]
-    answers[ADAPT] = {choice.steps: taken[choice.steps]}
+    steps = site.steps(choice.path)
+    answers[ADAPT] = {steps: taken[steps]}
     return answers, choice, [one.figures() for one in choice.verdicts]
 
 
@@ -174,7 +175,7 @@ def run_cell(
         site = Site(start, Examples(photos, subject.student.preprocessing), settings, training)
         answers, choice, verdicts = measure(site, subject, c)
         write_json(out / _PREDICTIONS, answers)
-        return {"path": choice.path.name, "steps": choice.steps, "cross_validation": verdicts}
+        return {"path": choice.path.name, "steps": site.steps(choice.path), "cross_validation": verdicts}
 
     done = run_stage(Request("photo-table", work / cell.name, inputs, config), produce)
     answers = json.loads((done.out / _PREDICTIONS).read_text(encoding="utf-8"))

@@ -171,7 +171,7 @@ class AdaptSettings:
         "auto", "how the head starts: as it is, from zero, or from class means; auto: by the photos"
     )
     adapt_steps: int | None = setting(
-        None, "gradient steps at the most; chosen: 60, or 120 for new classes", minimum=1
+        None, "gradient steps over the last units; chosen: 60, or 120 for new classes", minimum=1
     )
     adapt_lr: float = setting(0.001, "peak learning rate", minimum=0)
     views: int = setting(8, "augmented views of a photo that the frozen layers see", minimum=1)

@@ -104,3 +104,9 @@ def nearest(word: str, known: Iterable[str], count: int = 3) -> str:
     """
     close = difflib.get_close_matches(word, list(known), n=count, cutoff=0.5)
     return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def abridged(items: Sequence[str], limit: int, separator: str) -> str:
+    """Items as one text; of more than the limit the first, and how many more there are."""
+    shown = separator.join(items[:limit])
+    return f"{shown} and {len(items) - limit} more" if len(items) > limit else shown

@@ -23,13 +23,12 @@ from PIL import Image
 from synthkit import standalone
 from synthkit.artifacts import digest, list_outputs
 from synthkit.config import read_toml
-from synthkit.errors import BadImages, ConfigError, DataError, ModelError, nearest
+from synthkit.errors import BadImages, ConfigError, DataError, ModelError, abridged, nearest
 
 log = logging.getLogger(__name__)
 
 CLASS_WORDS = "classes.toml"
 _NO_IMAGES = (CLASS_WORDS, "metadata.jsonl", "manifest.json", "thumbs.db", "desktop.ini")
-_NAMED_AT_MOST = 5
 
 
 @dataclass(frozen=True)
@@ -254,10 +253,9 @@ def _refuse_contradictions(images: ImageSet) -> None:
         if (first := seen.setdefault(item.sha256, item)).label != item.label
     ]
     if pairs:
-        more = f" and {len(pairs) - _NAMED_AT_MOST} more" if len(pairs) > _NAMED_AT_MOST else ""
         raise DataError(
-            f"{len(pairs)} image(s) of {images.root} lie in two classes: {'; '.join(pairs[:_NAMED_AT_MOST])}"
-            f"{more}; remove the wrong one of each pair"
+            f"{len(pairs)} image(s) of {images.root} lie in two classes: {abridged(pairs, 5, '; ')}; "
+            "remove the wrong one of each pair"
         )
 
 

@@ -11,10 +11,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from synthkit.errors import DataError
+from synthkit.errors import DataError, abridged
 from synthkit.images import ImageSet
-
-_NAMED_AT_MOST = 5
 
 
 def check_disjoint(first: ImageSet, second: ImageSet, names: tuple[str, str]) -> None:
@@ -44,10 +42,9 @@ def refuse_shared(images: ImageSet, known: Mapping[str, str], names: tuple[str, 
     """
     shared = [f"{item.path} ({known[item.sha256]})" for item in images.items if item.sha256 in known]
     if shared:
-        more = f" and {len(shared) - _NAMED_AT_MOST} more" if len(shared) > _NAMED_AT_MOST else ""
         raise DataError(
             f"{names[1]} shares {len(shared)} image(s) with {names[0]}: "
-            f"{'; '.join(shared[:_NAMED_AT_MOST])}{more}; a measurement needs images never trained on, "
+            f"{abridged(shared, 5, '; ')}; a measurement needs images never trained on, "
             "so remove them from one of the two"
         )
 

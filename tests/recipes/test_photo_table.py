@@ -111,7 +111,7 @@ def test_methods_get_the_same_photos_and_no_test_image(
 
     def spy(site: Any, subject: Any, c: float) -> Any:
         drawn.append({item.sha256 for item in site.examples._set.items})
-        return {}, recipe.Choice(recipe.FULL, 0, "", []), []
+        return {}, recipe.Choice(recipe.FULL, "", []), []
 
     monkeypatch.setattr(recipe, "measure", spy)
     subject = recipe.Subject(pool, test, "test_resnet", folders / "weights", 32)

@@ -14,7 +14,7 @@ from typing import Any
 
 from synthkit.artifacts import digest, file_sha256
 from synthkit.config import read_toml
-from synthkit.errors import ConfigError, MissingExtra, ModelError, nearest
+from synthkit.errors import ConfigError, MissingExtra, ModelError, abridged, nearest
 
 CLASSES = "classes.toml"
 INDEX = "model_index.json"
@@ -196,8 +196,8 @@ def prompt_synonyms(
     if foreign:
         raise ModelError(
             f"the generator does not draw {', '.join(map(repr, foreign))}; it knows only "
-            f"{_abridged(list(known))} (classes.toml beside the photos may map a folder to the words of "
-            f"one of these); {_WAYS_OUT}"
+            f"{abridged(list(known), 12, ', ')} (classes.toml beside the photos may map a folder to the "
+            f"words of one of these); {_WAYS_OUT}"
         )
     return words
 
@@ -210,8 +210,3 @@ def _chosen(name: str, own: str, known: Mapping[str, str]) -> str:
 
 def _spelled(name: str) -> str:
     return name.replace("_", " ").replace("-", " ").strip()
-
-
-def _abridged(names: Sequence[str], limit: int = 12) -> str:
-    shown = ", ".join(names[:limit])
-    return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown
