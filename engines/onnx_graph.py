@@ -64,7 +64,7 @@ def exposed(model: onnx.ModelProto, names: Iterable[str]) -> bytes:
     return bytes(shown.SerializeToString())
 
 
-def fold_sizes(model: onnx.ModelProto, input_name: str, image_shape: Sequence[int]) -> None:
+def fold_sizes(model: onnx.ModelProto, input_name: str, image: np.ndarray) -> None:
     """Turn the sizes that a graph computes, such as the padding of TensorFlow's convolutions, into constants.
 
     TensorRT before 10.4 takes constant padding only, and ONNX Runtime then fuses it into the convolution.
@@ -73,14 +73,12 @@ def fold_sizes(model: onnx.ModelProto, input_name: str, image_shape: Sequence[in
     Args:
         model: changed in place.
         input_name: of the images.
-        image_shape: (height, width, 3).
+        image: one of the input's shape and type, whatever it shows.
     """
     sizes = [name for name, info in value_types(model).items() if _is_size(info)]
     if not sizes:
         return
-    one, three = (
-        compute(model, sizes, {input_name: np.zeros((count, *image_shape), np.uint8)}) for count in (1, 3)
-    )
+    one, three = (compute(model, sizes, {input_name: np.stack([image] * count)}) for count in (1, 3))
     fixed = {name: one[name] for name in sizes if np.array_equal(one[name], three[name])}
     for node in list(model.graph.node):
         if node.output and set(node.output) <= set(fixed):

@@ -155,7 +155,7 @@ def _export(student: Uint8Student, preprocessing: Preprocessing, path: Path, ops
     refusals = []
     for name, export in _EXPORTERS.items():
         try:
-            with _quiet():
+            with quiet():
                 export(student, example, path, opset)
             return name
         except Exception as error:  # exporters raise whatever an operator's translation raises
@@ -201,7 +201,7 @@ _EXPORTERS: dict[str, Callable[[Uint8Student, torch.Tensor, Path, int], None]] =
 
 
 @contextlib.contextmanager
-def _quiet() -> Any:
+def quiet() -> Any:
     """Deprecation and tracer warnings say nothing that the parity proof does not decide."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
@@ -215,7 +215,7 @@ def _finish(
     exported = onnx.load(path)
     _unshare(exported.graph)
     _, height, width = preprocessing.input_size
-    onnx_graph.fold_sizes(exported, INPUT, (height, width, 3))
+    onnx_graph.fold_sizes(exported, INPUT, np.zeros((height, width, 3), np.uint8))
     onnx_graph.fuse_padding(exported)
     linear = _linear_head(model)
     head = head_tensors(exported.graph, linear) if linear is not None else None

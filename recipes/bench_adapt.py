@@ -8,7 +8,8 @@
 
 Runs alternate and medians are compared, with every way's top-1 beside it. What to expect follows from the
 images that pass the frozen layers: photos * (views + 1) with the cache, steps * batch for each training
-without. It is printed first, so that a measurement that misses it asks for a reason.
+without. It is printed first, so that a measurement that misses it asks for a reason; one that is above it
+has ONNX Runtime for a reason, in which the frozen layers run where they are kept.
 """
 
 from __future__ import annotations

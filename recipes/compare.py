@@ -221,8 +221,8 @@ def paired(scores: Sequence[Scores], labels: np.ndarray) -> list[dict[str, Any]]
     """How far each method is ahead of the first one of the table on the same draws.
 
     Returns:
-        method, shots, against, ahead (mean difference in top-1) and p_value of the two-sided paired t-test;
-        None where there is one draw or all differences are equal.
+        method, shots, against, ahead (mean difference in top-1), draws and p_value of the two-sided paired
+        t-test; None where there is one draw or all differences are equal.
     """
     first, *others = _methods(scores)
     return [
@@ -232,6 +232,7 @@ def paired(scores: Sequence[Scores], labels: np.ndarray) -> list[dict[str, Any]]
             "against": first,
             "ahead": round(float(differences.mean()), 4),
             "p_value": metrics.paired_p_value(differences),
+            "draws": len(differences),
         }
         for shots in sorted({one.cell.shots for one in scores})
         for method in others
@@ -274,10 +275,13 @@ def markdown(result: Mapping[str, Any]) -> str:
             f"Ahead of {result['rows'][0]['method']} on the same draws, in points (p of a paired t-test):",
             "",
         ]
-    for row in result["paired"]:
-        p = "" if row["p_value"] is None else f" (p = {row['p_value']:.3f})"
-        lines.append(f"- {row['method']}, {row['shots']} per class: {100 * row['ahead']:+.1f}{p}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(ahead_line(row) for row in result["paired"])])
+
+
+def ahead_line(row: Mapping[str, Any]) -> str:
+    """A row of `paired` as an item of a Markdown list."""
+    p = "" if row["p_value"] is None else f" (p = {row['p_value']:.3f}, {row['draws']} draws)"
+    return f"- {row['method']}, {row['shots']} per class: {100 * row['ahead']:+.1f}{p}"
 
 
 def shots_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -10,7 +10,7 @@ What the frozen layers say of the photos' views is computed once, for all paths 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _MOST_FOLDS = 4
-_LOOKS = 4  # on the way along a path
 _BATCH = 32
 
 # Of the last units. A head that begins with nothing needs more: with mobilenetv2 at 96 pixels, 4 and 16
@@ -106,16 +105,12 @@ class Site:
     @cached_property
     def seen(self) -> Mapping[int, Views]:
         """Units -> the photos as the last so many units see them; empty where the student cannot be cut."""
-        from synthkit.last_layers import before_last, see
-
         counts = [path.units for path in self.candidates if path.units]
-        student = self.start.student
+        how = {"views": self.settings.views, "seed": self.settings.seed}
         try:
-            frozen, places = before_last(student, counts)
+            return seen_by_last(self.start.student, self.examples, counts, **how)
         except NotImplementedError:
             return {}
-        views = see(student, self.examples, frozen, self.settings.views, self.settings.seed)
-        return {count: views.cut(place) for count, place in places.items()}
 
     @property
     def head(self) -> str:
@@ -165,6 +160,31 @@ def candidates(settings: AdaptSettings, knows_classes: bool) -> list[AdaptPath]:
             "or name such a student's folder with --student"
         )
     return [PATHS[settings.path]]
+
+
+def seen_by_last(
+    student: Student, examples: Examples, counts: Sequence[int], *, views: int, seed: int
+) -> dict[int, Views]:
+    """Units -> photos as the last so many units see them, all from one pass through the layers before.
+
+    Args:
+        student: any.
+        examples: the photos, at least one.
+        counts: how many units, counted from the head.
+        views: augmented views of each photo.
+        seed: of the augmentation.
+
+    Raises:
+        NotImplementedError: the student cannot be cut.
+    """
+    from synthkit.engines.frozen_onnx import in_onnxruntime
+    from synthkit.last_layers import before_last, see
+    from synthkit.students import to_unit_range
+
+    frozen, places = before_last(student, counts)
+    few = student.normalise(to_unit_range(examples.pixels(np.arange(min(2, len(examples))))))
+    seen = see(student, examples, in_onnxruntime(frozen, few), views, seed)
+    return {count: seen.cut(place) for count, place in places.items()}
 
 
 @dataclass(frozen=True)
@@ -223,7 +243,7 @@ def follow(
         path: which.
         site: gives the settings.
         begun: what is trained, and on which photos.
-        look: called with the number of steps done, before the first and a few times on the way.
+        look: called with the number of steps done, before the first and after the last.
         curves: file for losses and learning rates.
     """
     from synthkit.last_layers import head_from_means
@@ -233,8 +253,7 @@ def follow(
     if head == "means" and path is not UNCHANGED:
         head_from_means(begun.trained, _head_name(begun.whole), begun.lesson, begun.labels)
     settings = fit_settings(path, site)
-    every = max(1, settings.steps // _LOOKS)
-    watch = (every, look) if look else None
+    watch = (settings.steps, look) if look else None
     fit(begun.trained, begun.lesson, settings, label=path.name, watch=watch, curves=curves)
 
 

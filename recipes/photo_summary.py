@@ -11,7 +11,7 @@ import numpy as np
 
 from synthkit.artifacts import versions
 from synthkit.metrics import mean_interval, over_draws, paired_p_value
-from synthkit.recipes.compare import shots_table
+from synthkit.recipes.compare import ahead_line, shots_table
 
 ADAPT = "adapt"
 #: The ways that a user could fix beforehand, and `adapt` chooses from or stands beside.
@@ -163,15 +163,10 @@ def markdown(result: Mapping[str, Any]) -> str:
         lines += ["", f"{student}, mean over {of_student[0]['sets']} sets ± deviation over the seeds", ""]
         lines += shots_table(of_student)
     lines += ["", "Ahead of full fine-tuning on the same draws, in points (p of a paired t-test):", ""]
-    lines += [_ahead(row) for row in result["paired"]]
+    lines += [ahead_line(row) for row in result["paired"]]
     if result["adapt"]["cells"]:
         lines += ["", _sentence(result["adapt"])]
     return "\n".join(lines).strip()
-
-
-def _ahead(row: Mapping[str, Any]) -> str:
-    p = "" if row["p_value"] is None else f" (p = {row['p_value']:.3f}, {row['draws']} draws)"
-    return f"- {row['method']}, {row['shots']} per class: {100 * row['ahead']:+.1f}{p}"
 
 
 def _sentence(found: Mapping[str, Any]) -> str:

@@ -31,7 +31,7 @@ from synthkit.images import ImageSet
 from synthkit.metrics import top1
 from synthkit.one_line import OneLineErrors
 from synthkit.recipes.path_choice import Choice, choose_path
-from synthkit.recipes.paths import FULL, LAST, Site, Start, course, follow
+from synthkit.recipes.paths import FULL, LAST, Site, Start, course, follow, seen_by_last
 from synthkit.recipes.photo_summary import ADAPT, markdown, summary
 from synthkit.recipes.settings import AdaptSettings, TrainSettings
 from synthkit.recipes.train import weights_fingerprint
@@ -86,11 +86,7 @@ class Subject:
     @cached_property
     def seen(self) -> dict[int, Views]:
         """Units -> the test images as the last so many units see them."""
-        from synthkit.last_layers import before_last, see
-
-        frozen, places = before_last(self.student, [path.units or 0 for path in LAST])
-        views = see(self.student, self.examples, frozen, views=0, seed=0)
-        return {count: views.cut(place) for count, place in places.items()}
+        return seen_by_last(self.student, self.examples, [path.units or 0 for path in LAST], views=0, seed=0)
 
 
 @dataclass(frozen=True)
@@ -109,7 +105,7 @@ class Cell:
 
 
 def trained(path: Any, site: Site, subject: Subject) -> dict[int, list[int]]:
-    """Train along a path on all photos; steps -> answers on the test images, a few times on the way."""
+    """Train along a path on all photos; steps -> answers on the test images, before the first, at the end."""
     begun, found = course(path, site), {}
     lesson = subject.examples if path is FULL else subject.seen[path.units]
 
@@ -154,8 +150,8 @@ def run_cell(
     """Measure a cell, or find it measured.
 
     Returns:
-        The cell, every method's `top1` after all its steps and `on_the_way`, `adapt`'s `path` and `steps`,
-        `cross_validation` and `seconds`.
+        The cell, every method's `top1` after all its steps, `adapt`'s `path` and `steps`, `cross_validation`
+        and `seconds`.
     """
     photos = subject.pool.subset(k_shot(subject.pool, cell.shots, cell.seed))
     settings, training = replace(settings, seed=cell.seed), replace(training, seed=cell.seed)
@@ -179,13 +175,9 @@ def run_cell(
 
     done = run_stage(Request("photo-table", work / cell.name, inputs, config), produce)
     answers = json.loads((done.out / _PREDICTIONS).read_text(encoding="utf-8"))
-    on_the_way = {
-        method: {steps: round(top1(np.array(one), subject.test.labels), 4) for steps, one in of_steps.items()}
-        for method, of_steps in answers.items()
-    }
-    last = {method: of_steps[max(of_steps, key=int)] for method, of_steps in on_the_way.items()}
-    measured = {"top1": last, "on_the_way": on_the_way, "seconds": done.manifest.seconds}
-    return {**asdict(cell), **measured, **done.manifest.metrics}
+    last = {method: of_steps[max(of_steps, key=int)] for method, of_steps in answers.items()}
+    right = {method: round(top1(np.array(one), subject.test.labels), 4) for method, one in last.items()}
+    return {**asdict(cell), "top1": right, "seconds": done.manifest.seconds, **done.manifest.metrics}
 
 
 def order(cells: Sequence[Cell]) -> list[Cell]:

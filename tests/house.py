@@ -23,6 +23,7 @@ NEEDS_TRAIN = {
     "synthkit.engines.half",
     "synthkit.engines.onnx_graph",
     "synthkit.engines.quantize",
+    "synthkit.engines.frozen_onnx",
     "synthkit.engines.student_onnx",
     "synthkit.engines.targets",
     "synthkit.calibration.inversion",

@@ -201,3 +201,14 @@ def test_the_rate_rises_then_falls() -> None:
     rates = [one_cycle(step / 100) for step in range(100)]
     assert rates[0] == 0.01 and max(rates) == rates[5] == 1.0
     assert rates[5:] == sorted(rates[5:], reverse=True) and 0.01 < rates[-1] < 0.02
+
+
+@pytest.mark.parametrize(("kind", "last"), [("test_efficientnet", True), ("test_resnet", False)])
+def test_depthwise_convolutions_get_channels_last(kind: str, last: bool, examples: Examples) -> None:
+    """The same images, laid out in memory as such networks learn fastest from them."""
+    student, rows = lively_student(name=kind, classes=COLOURS), np.arange(4)
+    (images,), _ = examples.batch(student, rows, 0, SETTINGS)
+    assert images.is_contiguous(memory_format=torch.channels_last) == last
+    assert images.is_contiguous() != last
+    (others,), _ = examples.batch(lively_student(name="test_resnet", classes=COLOURS), rows, 0, SETTINGS)
+    torch.testing.assert_close(images, others)

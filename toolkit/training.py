@@ -153,11 +153,17 @@ class Examples:
         targets = smooth_targets(self.labels[picked], len(student.classes), settings.smoothing)
         if settings.mixup:
             images, targets = mix(images, targets, settings.mixup, generator)
-        return (images,), targets
+        return (images.contiguous(memory_format=_layout(student.model)),), targets
 
     def logits(self, student: Student, indices: np.ndarray) -> np.ndarray:
         """Logits [N, classes] of the images at the given positions, not augmented."""
         return np.asarray(student.logits(self.pixels(indices)).numpy())
+
+
+def _layout(model: torch.nn.Module) -> torch.memory_format:
+    """Channels last for depthwise convolutions, whose backward pass on a CPU it makes shorter by half."""
+    groups = (one.groups for one in model.modules() if isinstance(one, torch.nn.Conv2d))
+    return torch.channels_last if any(count > 1 for count in groups) else torch.contiguous_format
 
 
 def one_cycle(progress: float, warm_up: float = _WARM_UP) -> float:
