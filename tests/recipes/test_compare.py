@@ -165,7 +165,7 @@ def test_a_method_is_paired_with_the_photos_alone_by_draw() -> None:
     # differences .1, .2, .3: t = .2 / (.1 / sqrt(3)) = 3.46 with two degrees of freedom
     assert table[ADAPTED]["p_value"] == pytest.approx(0.0742, abs=1e-4) and table[BRIDGED]["p_value"] is None
     text = markdown({"rows": rows(scores, labels), "paired": paired(scores, labels)})
-    assert "| 2 | 0.500 ± 0.100 |" in text and "- adapted, 2 per class: +20.0 (p = 0.074)" in text
+    assert "| 2 | 0.500 ± 0.100 |" in text and "- adapted, 2 per class: +20.0 (p = 0.074, 3 draws)" in text
 
 
 @pytest.mark.parametrize(
