@@ -305,16 +305,22 @@ def plot(table: Sequence[dict[str, Any]], path: Path) -> None:
 
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
-    for method in dict.fromkeys(row["method"] for row in table):
-        of_method = [row for row in table if row["method"] == method]
+    lines_over_shots(axes, [{**row, "method": METHODS[row["method"]].title} for row in table])
+    axes.set_ylabel("top-1 on real test images")
+    figure.legend(loc="outside right upper")  # beside the lines: ten methods would hide them
+    figure.savefig(path, dpi=100)
+
+
+def lines_over_shots(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Draw a line per method, with the standard deviation over the draws as error bars."""
+    for method in dict.fromkeys(row["method"] for row in rows):
+        of_method = [row for row in rows if row["method"] == method]
         shots, means, deviations = (
             [row[key] for row in of_method] for key in ("shots", "top1_mean", "top1_std")
         )
-        axes.errorbar(shots, means, deviations, label=METHODS[method].title, marker="o", capsize=3)
+        axes.errorbar(shots, means, deviations, label=method, marker="o", capsize=3)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(sorted({row["shots"] for row in table}))
+    axes.set_xticks(sorted({row["shots"] for row in rows}))
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set(xlabel="photos per class", ylabel="top-1 on real test images")
+    axes.set_xlabel("photos per class")
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper")  # beside the lines: ten methods would hide them
-    figure.savefig(path, dpi=100)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from synthkit.artifacts import versions
 from synthkit.metrics import mean_interval, over_draws, paired_p_value
-from synthkit.recipes.compare import ahead_line, shots_table
+from synthkit.recipes.compare import ahead_line, lines_over_shots, shots_table
 
 ADAPT = "adapt"
 #: The ways that a user could fix beforehand, and `adapt` chooses from or stands beside.
@@ -167,6 +168,23 @@ def markdown(result: Mapping[str, Any]) -> str:
     if result["adapt"]["cells"]:
         lines += ["", _sentence(result["adapt"])]
     return "\n".join(lines).strip()
+
+
+def plot(result: Mapping[str, Any], path: Path) -> None:
+    """Top-1 over shots, a panel per student; nothing where no number of shots is measured on every set."""
+    from matplotlib.figure import Figure
+
+    students = list(dict.fromkeys(row["student"] for row in result["overall"]))
+    if not students:
+        return
+    figure = Figure(figsize=(2 + 4.5 * len(students), 4), layout="constrained")
+    panels = figure.subplots(1, len(students), sharey=True, squeeze=False)[0]
+    for axes, student in zip(panels, students, strict=True):
+        lines_over_shots(axes, [row for row in result["overall"] if row["student"] == student])
+        axes.set_title(student)
+    panels[0].set_ylabel("top-1, mean over the sets")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
+    figure.savefig(path, dpi=100)
 
 
 def _sentence(found: Mapping[str, Any]) -> str:

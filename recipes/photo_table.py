@@ -32,7 +32,7 @@ from synthkit.metrics import top1
 from synthkit.one_line import OneLineErrors
 from synthkit.recipes.path_choice import Choice, choose_path
 from synthkit.recipes.paths import FULL, LAST, Site, Start, course, follow, seen_by_last
-from synthkit.recipes.photo_summary import ADAPT, markdown, summary
+from synthkit.recipes.photo_summary import ADAPT, markdown, plot, summary
 from synthkit.recipes.settings import AdaptSettings, TrainSettings
 from synthkit.recipes.train import weights_fingerprint
 from synthkit.splits import check_disjoint, k_shot
@@ -223,10 +223,11 @@ def added(files: Sequence[Path], asked: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _write(out: Path, cells: Sequence[dict[str, Any]], asked: dict[str, Any]) -> str:
-    """The result as JSON and Markdown, which is returned."""
+    """The result as JSON, a plot and Markdown, which is returned."""
     result = summary(cells, asked)
     write_json(out, result)
     write_bytes(out.with_suffix(".md"), (markdown(result) + "\n").encode())
+    plot(result, out.with_suffix(".png"))
     return markdown(result)
 
 
@@ -267,7 +268,9 @@ def _subjects(
     help="Result of the same settings, whose cells are not measured again.",
 )
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Folder of the cells.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="JSON file; Markdown beside it.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="JSON file; Markdown and a plot beside it."
+)
 def main(
     sets: dict[str, str],
     weights: dict[str, str],
@@ -283,7 +286,7 @@ def main(
     work: Path,
     out: Path,
 ) -> None:
-    """Measure every method on every draw of every set with every student; writes OUT and OUT's .md."""
+    """Measure every method on every draw of every set with every student; OUT, Markdown and a plot tell."""
     subjects = dict(_subjects(sets, weights, size, test_images))
     cells = [Cell(*pair, count, seed) for seed in range(seeds) for count in shots for pair in subjects]
     for cell in cells:

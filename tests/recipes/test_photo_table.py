@@ -11,10 +11,13 @@ from click.testing import CliRunner
 
 pytest.importorskip("timm")
 pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+
+from PIL import Image
 
 from synthkit.images import ImageSet
 from synthkit.recipes import photo_table as recipe
-from synthkit.recipes.photo_summary import FIXED, markdown, standing, summary
+from synthkit.recipes.photo_summary import FIXED, markdown, plot, standing, summary
 from synthkit.recipes.photo_table import Cell, few, main, order
 from synthkit.recipes.settings import AdaptSettings
 from tests.tiny_students import colour_folders, lively_student
@@ -59,6 +62,20 @@ def test_every_method_answers_for_every_draw(table: dict[str, Any]) -> None:
         (shots, method) for shots in (1, 2) for method in METHODS
     }
     assert all(row["seeds"] == 2 and len(row["top1_interval"]) == 2 for row in table["rows"])
+
+
+def size(path: Path) -> tuple[int, int]:
+    with Image.open(path) as image:
+        return image.size
+
+
+def test_the_plot_has_a_panel_per_student(table: dict[str, Any], folders: Path, tmp_path: Path) -> None:
+    assert size(folders / "table.png") == (650, 400)
+    other = [{**row, "student": "another"} for row in table["overall"]]
+    plot({"overall": [*table["overall"], *other]}, tmp_path / "two.png")
+    assert size(tmp_path / "two.png") == (1100, 400)
+    plot({"overall": []}, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
 
 
 def test_adapt_answers_as_the_path_that_it_chose(table: dict[str, Any]) -> None:
