@@ -51,6 +51,20 @@ def test_what_cannot_be_exported_stays_in_torch(caplog: pytest.LogCaptureFixture
     assert "the frozen layers run in torch (not exported: " in caplog.text
 
 
+class _TwoAtOnce(torch.nn.Module):
+    """Knows after tracing no other number of images than that of the export."""
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (images.reshape(int(images.shape[0]), -1),)
+
+
+def test_a_batch_size_that_was_built_in_stays_in_torch(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "synthkit")
+    layers = _TwoAtOnce()
+    assert in_onnxruntime(layers, pixels(2)) is layers
+    assert "the frozen layers run in torch" in caplog.text
+
+
 def wrong(session: Any) -> Any:
     return lambda images: tuple(one + 0.01 for one in real(session)(images))
 
