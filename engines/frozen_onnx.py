@@ -17,7 +17,7 @@ import torch
 from synthkit.engines.onnx_graph import fold_sizes, fuse_padding
 from synthkit.engines.session import OrtSession, open_session
 from synthkit.engines.student_onnx import OPSET, TOLERANCE, quiet
-from synthkit.errors import EngineError, MissingExtra, ParityError
+from synthkit.errors import EngineError, MissingExtra, ParityError, first_line
 from synthkit.last_layers import Layers
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def _exported(layers: Layers, images: torch.Tensor, count: int) -> bytes:
         fold_sizes(model, _INPUT, images[0].numpy())
         fuse_padding(model)
     except Exception as error:  # exporters raise whatever an operator's translation raises
-        raise EngineError(f"not exported: {str(error).strip().splitlines()[0][:200]}") from None
+        raise EngineError(f"not exported: {first_line(error)}") from None
     return bytes(model.SerializeToString())
 
 

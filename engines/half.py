@@ -16,7 +16,7 @@ from onnx import TensorProto
 
 from synthkit.engines import onnx_graph
 from synthkit.engines.bundle import INPUT
-from synthkit.errors import EngineError
+from synthkit.errors import EngineError, first_line
 
 _FP32_OPERATORS = ("Softmax", "LayerNormalization", "InstanceNormalization", "ReduceMean", "Pow", "Sqrt")
 _FIRST_LAYERS = 3  # a MobileNet's first convolution, first depthwise one and what mixes its channels
@@ -107,7 +107,7 @@ def _check_types(model: onnx.ModelProto) -> None:
         onnx.checker.check_model(model, full_check=True)
         onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
     except Exception as error:  # the checker's errors share no base class
-        reason = str(error).strip().splitlines()[0][:200]
+        reason = first_line(error)[:200]
         raise EngineError(
             f"the half-precision graph fails the type check ({reason}); leave fp16 out of --precision"
         ) from None

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from synthkit.artifacts import file_sha256
-from synthkit.errors import EngineError, MissingExtra, nearest
+from synthkit.errors import EngineError, MissingExtra, first_line, nearest
 from synthkit.tensors import TensorSpec
 
 PROVIDERS = {
@@ -86,7 +86,7 @@ class OrtSession:
         try:
             return dict(zip(names, session.run(names, dict(feeds)), strict=True))
         except Exception as error:  # ONNX Runtime's errors share no base class
-            raise EngineError(f"{self._label} failed while running: {_first_line(error)}") from None
+            raise EngineError(f"{self._label} failed while running: {first_line(error)}") from None
 
     def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> Callable[[], None]:
         """Tie torch tensors to the model, so that running it copies nothing.
@@ -114,7 +114,7 @@ class OrtSession:
             try:
                 self._opened().run_with_iobinding(binding)
             except Exception as error:  # ONNX Runtime's errors share no base class
-                raise EngineError(f"{self._label} failed while running: {_first_line(error)}") from None
+                raise EngineError(f"{self._label} failed while running: {first_line(error)}") from None
             del held
 
         return compute
@@ -268,7 +268,7 @@ _NEEDS = {
 
 def _refusal(provider: str, label: str, error: Exception) -> EngineError:
     """The error of a model that did not open: the provider's fault, or the file's."""
-    text = _first_line(error)
+    text = first_line(error)
     if provider != "cpu" and ("ExecutionProvider" in text or "EP Error" in text or "EPFail" in text):
         return _ProviderAbsent(
             f"the provider {provider!r} did not load ({text}); install {_NEEDS[provider]}, or use the CPU"
@@ -356,7 +356,3 @@ def _spec(node: Any) -> TensorSpec:
     element = node.type.removeprefix("tensor(").removesuffix(")")
     shape = [side if isinstance(side, (int, str)) else f"axis{axis}" for axis, side in enumerate(node.shape)]
     return TensorSpec(node.name, _ELEMENTS.get(element, element), tuple(shape))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:300]

@@ -28,7 +28,7 @@ from synthkit.engines import onnx_graph
 from synthkit.engines.bundle import INPUT, OUTPUT, ModelFacts
 from synthkit.engines.onnx_header import read_opset
 from synthkit.engines.session import open_session
-from synthkit.errors import EngineError, ParityError
+from synthkit.errors import EngineError, ParityError, first_line
 from synthkit.images import Preprocessing
 from synthkit.standalone import in_batches
 
@@ -159,7 +159,7 @@ def _export(student: Uint8Student, preprocessing: Preprocessing, path: Path, ops
                 export(student, example, path, opset)
             return name
         except Exception as error:  # exporters raise whatever an operator's translation raises
-            refusals.append(f"{name}: {str(error).strip().splitlines()[0][:200]}")
+            refusals.append(f"{name}: {first_line(error)[:200]}")
             log.debug("the %s exporter failed: %s", name, error)
     raise EngineError(f"this student cannot become ONNX ({'; '.join(refusals)}); use another --student")
 

@@ -15,7 +15,7 @@ from typing import Any
 from synthkit import standalone
 from synthkit.artifacts import digest
 from synthkit.engines.bundle import FACTS, Bundle, read_facts
-from synthkit.errors import BundleError, SynthkitError
+from synthkit.errors import BundleError, SynthkitError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class LiveBundle:
                 log.info("now answering with version %s", self.current.bundle.facts["version"])
             self.problem = ""
         except Exception as error:  # whatever a foreign folder provokes, the service goes on
-            self.problem = _first_line(error)
+            self.problem = _described(error)
             log.warning("kept the bundle in use: %s", self.problem)
 
     def _open(self) -> Current:
@@ -95,6 +95,6 @@ def _stamps(folder: Path) -> Stamps:
     return tuple(sorted((name, stat.st_mtime_ns, stat.st_size, stat.st_ino) for name, stat in found))
 
 
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().partition("\n")[0][:300]
+def _described(error: Exception) -> str:
+    text = first_line(error)
     return text if isinstance(error, SynthkitError) else f"{type(error).__name__}: {text}"

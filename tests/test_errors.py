@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from synthkit import errors
-from synthkit.errors import BadImages, DataError, MissingExtra, SynthkitError, nearest
+from synthkit.errors import BadImages, DataError, MissingExtra, SynthkitError, first_line, nearest
 
 
 def classes() -> dict[str, type]:
@@ -63,3 +63,10 @@ def test_nearest(word: str, expected: str) -> None:
 
 def test_nearest_offers_no_more_than_asked() -> None:
     assert nearest("layer", ["layer1", "layer2", "layer3"], count=2).count(" or ") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("\n no kernel \nstack", "no kernel"), ("", ""), ("x" * 400, "x" * 300)]
+)
+def test_the_first_line_of_an_error_that_says_much_or_nothing(text: str, expected: str) -> None:
+    assert first_line(RuntimeError(text)).strip() == expected

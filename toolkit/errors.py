@@ -110,3 +110,8 @@ def abridged(items: Sequence[str], limit: int, separator: str) -> str:
     """Items as one text; of more than the limit the first, and how many more there are."""
     shown = separator.join(items[:limit])
     return f"{shown} and {len(items) - limit} more" if len(items) > limit else shown
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without the stack or the hints below it; empty where it says nothing."""
+    return str(error).strip().split("\n")[0][:300]

@@ -105,7 +105,7 @@ def split(student: Student) -> Split:
     return Split(frozen, replace(student, model=trained))
 
 
-def before_last(student: Student, counts: Sequence[int]) -> tuple[GraphModule, dict[int, slice]]:
+def before_last(student: Student, counts: Sequence[int]) -> tuple[Layers, dict[int, slice]]:
     """What `split` calls frozen, for several numbers of last units in one pass.
 
     Args:

@@ -161,7 +161,7 @@ class Examples:
 
 
 def _layout(model: torch.nn.Module) -> torch.memory_format:
-    """Channels last for depthwise convolutions, whose backward pass on a CPU it makes shorter by half."""
+    """Channels last for depthwise convolutions, whose steps on a CPU are up to a third shorter with it."""
     groups = (one.groups for one in model.modules() if isinstance(one, torch.nn.Conv2d))
     return torch.channels_last if any(count > 1 for count in groups) else torch.contiguous_format
 
