@@ -221,8 +221,7 @@ def paired(scores: Sequence[Scores], labels: np.ndarray) -> list[dict[str, Any]]
     """How far each method is ahead of the first one of the table on the same draws.
 
     Returns:
-        method, shots, against, ahead (mean difference in top-1), draws and p_value of the two-sided paired
-        t-test; None where there is one draw or all differences are equal.
+        method, shots, against and what `ahead_on_draws` says of top-1.
     """
     first, *others = _methods(scores)
     return [
@@ -230,15 +229,12 @@ def paired(scores: Sequence[Scores], labels: np.ndarray) -> list[dict[str, Any]]
             "method": method,
             "shots": shots,
             "against": first,
-            "ahead": round(float(differences.mean()), 4),
-            "p_value": metrics.paired_p_value(differences),
-            "draws": len(differences),
+            **metrics.ahead_on_draws(
+                _of_draws(scores, shots, method, labels), _of_draws(scores, shots, first, labels)
+            ),
         }
         for shots in sorted({one.cell.shots for one in scores})
         for method in others
-        for differences in [
-            _of_draws(scores, shots, method, labels) - _of_draws(scores, shots, first, labels)
-        ]
     ]
 
 

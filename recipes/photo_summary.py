@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from synthkit.artifacts import versions
-from synthkit.metrics import mean_interval, over_draws, paired_p_value
+from synthkit.metrics import ahead_on_draws, mean_interval, over_draws
 from synthkit.recipes.compare import ahead_line, lines_over_shots, shots_table
 
 ADAPT = "adapt"
@@ -103,13 +103,10 @@ def _paired(cells: Cells) -> list[dict[str, Any]]:
             "method": method,
             "shots": cells[0]["shots"],
             "against": first,
-            "ahead": round(float(differences.mean()), 4),
-            "p_value": paired_p_value(differences),
-            "draws": len(differences),
+            **ahead_on_draws(_draws(cells, method), _draws(cells, first)),
         }
         for method in cells[0]["top1"]
         if method != first
-        for differences in [_draws(cells, method) - _draws(cells, first)]
     ]
 
 

@@ -26,7 +26,7 @@ from typing import Any
 from tqdm import tqdm
 
 from synthkit.engines.session import usable_threads
-from synthkit.errors import EngineError, MissingExtra
+from synthkit.errors import EngineError, MissingExtra, first_line
 from synthkit.recipes.drawing import Drawer, Job, Material, batches, make_folders, write_images
 from synthkit.recipes.set_plan import Planned
 
@@ -165,7 +165,7 @@ class _Crew:
 
     def _replace(self, error: Exception) -> None:
         self._deaths += 1
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         if self._deaths > _DEATHS_EACH * self._layout.workers:
             raise EngineError(
                 f"{self._deaths} Ray workers died with nothing drawn in between ({reason}); look into the "
@@ -201,7 +201,7 @@ def _connect(ray: Any, address: str, workers: int | None) -> None:
     try:
         ray.init(address=address, **quiet)
     except Exception as error:  # ConnectionError, ValueError, RuntimeError: they share no base class
-        raise _no_cluster(address, str(error).strip().splitlines()[0]) from None
+        raise _no_cluster(address, first_line(error)) from None
 
 
 def _refuse_unreachable(address: str) -> None:

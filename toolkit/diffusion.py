@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from synthkit.errors import ModelError
+from synthkit.errors import ModelError, first_line
 from synthkit.models import refuse_two_encoders
 
 
@@ -59,7 +59,7 @@ def load_parts(model_dir: Path, device: str = "cpu") -> DiffusionParts:
         )
     except (OSError, ValueError, TypeError) as error:
         raise ModelError(
-            f"{model_dir} does not load as a Stable Diffusion folder: {str(error).splitlines()[0]}; "
+            f"{model_dir} does not load as a Stable Diffusion folder: {first_line(error)}; "
             "it needs tokenizer, text_encoder, unet, vae and scheduler in safetensors"
         ) from None
     for module in (parts.text_encoder, parts.unet, parts.vae):

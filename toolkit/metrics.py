@@ -107,8 +107,26 @@ def mean_interval(values: np.ndarray) -> list[float] | None:
     return [round(float(values.mean()) - half, 4), round(float(values.mean()) + half, 4)]
 
 
-def paired_p_value(differences: np.ndarray) -> float | None:
-    """Two-sided p of a paired t-test, given the differences; None where they do not vary."""
+def ahead_on_draws(values: np.ndarray, others: np.ndarray) -> dict[str, float | int | None]:
+    """How far one method is ahead of another on the same draws.
+
+    Args:
+        values: top-1 of the method, one per draw.
+        others: top-1 of the other method on the same draws, in the same order.
+
+    Returns:
+        `ahead`, the mean difference; `p_value` of the two-sided paired t-test, None where there is one draw
+        or the differences do not vary; `draws`.
+    """
+    differences = values - others
+    return {
+        "ahead": round(float(differences.mean()), 4),
+        "p_value": _p_value(differences),
+        "draws": len(differences),
+    }
+
+
+def _p_value(differences: np.ndarray) -> float | None:
     from scipy.stats import ttest_1samp
 
     if len(differences) < 2 or np.ptp(differences) == 0:
