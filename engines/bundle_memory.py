@@ -15,6 +15,8 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from synthkit.errors import BundleError
+
 MEMORY = "memory.npz"
 
 PER_CLASS = 16
@@ -69,12 +71,22 @@ def read_memory(folder: Path, widths: Mapping[str, int]) -> Memory:
     Args:
         folder: a bundle whose hashes were checked.
         widths: precision -> width of the features.
+
+    Raises:
+        BundleError: the features are of another width.
     """
     if not (folder / MEMORY).is_file():
         return Memory(features={name: np.empty((0, width), np.float32) for name, width in widths.items()})
     with np.load(folder / MEMORY) as stored:
         features = {name: stored[f"features_{name}"].astype(np.float32) for name in widths}
-        return Memory(stored["labels"], stored["sha256"], features)
+        memory = Memory(stored["labels"], stored["sha256"], features)
+    for name, width in widths.items():
+        if (found := features[name].shape[1]) != width:
+            raise BundleError(
+                f"{folder / MEMORY} holds {found} features a photo for {name}, its model's head takes "
+                f"{width}; export the bundle again"
+            )
+    return memory
 
 
 def memory_failures(folder: Path, precisions: Mapping[str, Mapping[str, Any]], classes: int) -> list[str]:

@@ -12,7 +12,8 @@ import pytest
 from synthkit import standalone
 from synthkit.artifacts import list_outputs
 from synthkit.calibration.confidence import Target
-from synthkit.engines.bundle import Bundle, verify
+from synthkit.engines.bundle import Bundle, read_facts, seal, verify
+from synthkit.engines.bundle_memory import MEMORY
 from synthkit.engines.bundle_versions import previous_of
 from synthkit.errors import BundleError, DataError
 from synthkit.images import ImageSet
@@ -186,6 +187,16 @@ def test_a_bundle_that_remembers_from_the_start_learns_a_new_class_alone(made: P
         assert memory["features_int8"].shape == memory["features_fp32"].shape
     found = run(folder, photos(tmp_path / "more", ("new",), 3, 3), new_classes=("new",))
     assert found["outcome"] == ADAPTED and found["remembered"]["photos"] == 48
+
+
+def test_a_memory_of_other_features_is_refused(folder: Path, tmp_path: Path) -> None:
+    remember(folder, photos(tmp_path / "first").with_classes(Bundle.open(folder).labels))
+    with np.load(folder / MEMORY) as stored:
+        cut = {name: rows[:, :3] if name == "features_int8" else rows for name, rows in stored.items()}
+    np.savez(folder / MEMORY, **cut)
+    seal(folder, read_facts(folder))
+    with pytest.raises(BundleError, match=r"holds 3 features a photo for int8, its model's head takes \d+;"):
+        run(folder, photos(tmp_path / "new"))
 
 
 @pytest.mark.parametrize("target", ["triton", "deepstream"])
