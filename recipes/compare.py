@@ -276,8 +276,10 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 def ahead_line(row: Mapping[str, Any]) -> str:
     """A row of `paired` as an item of a Markdown list."""
-    p = "" if row["p_value"] is None else f" (p = {row['p_value']:.3f}, {row['draws']} draws)"
-    return f"- {row['method']}, {row['shots']} per class: {100 * row['ahead']:+.1f}{p}"
+    line = f"- {row['method']}, {row['shots']} per class: {100 * row['ahead']:+.1f}"
+    if (p := row["p_value"]) is None:
+        return line
+    return f"{line} (p {'< 0.001' if p < 0.001 else f'= {p:.3f}'}, {row['draws']} draws)"
 
 
 def shots_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -18,7 +18,7 @@ from PIL import Image
 from synthkit.cli import main
 from synthkit.images import ImageSet
 from synthkit.recipes.chain import Workspace
-from synthkit.recipes.compare import Cell, Scores, markdown, paired, rows
+from synthkit.recipes.compare import Cell, Scores, ahead_line, markdown, paired, rows
 from synthkit.recipes.digits import write_digits
 from synthkit.recipes.methods import ADAPTED, BRIDGED, FEW_SHOT, PLAIN, SYNTHETIC_ONLY
 from tests.tiny_students import colour_folders
@@ -166,6 +166,8 @@ def test_a_method_is_paired_with_the_photos_alone_by_draw() -> None:
     assert table[ADAPTED]["p_value"] == pytest.approx(0.0742, abs=1e-4) and table[BRIDGED]["p_value"] is None
     text = markdown({"rows": rows(scores, labels), "paired": paired(scores, labels)})
     assert "| 2 | 0.500 ± 0.100 |" in text and "- adapted, 2 per class: +20.0 (p = 0.074, 3 draws)" in text
+    certain = {**table[ADAPTED], "p_value": 0.0004}
+    assert ahead_line(certain) == "- adapted, 2 per class: +20.0 (p < 0.001, 3 draws)"
 
 
 @pytest.mark.parametrize(
