@@ -370,7 +370,7 @@ def run_probe(
 
     Returns:
         `units`, `curve`, `gap` (`synthetic`, `real`, `points`), `recovered` (last units -> share of the gap),
-        `efficiency`, `switches`, `n_test`, `advice`, `settings`, `versions`.
+        `efficiency`, `switches`, `n_test`, `classes` (their number), `advice`, `settings`, `versions`.
 
     Raises:
         DataError: the sets are of different classes.
@@ -384,6 +384,7 @@ def run_probe(
         "efficiency": list(efficiency(probe, adapt)) if settings.efficiency else [],
         "switches": [*switches(probe, settings.switches), *prompts(probe, others)],
         "n_test": len(probe.test),
+        "classes": len(probe.test.classes),
     }
     asked = {**asdict(settings), "train": asdict(probe.training), "steps": probe.fit_settings().steps}
     return {**found, "advice": advice(found), "settings": asked, "versions": versions()}

@@ -19,14 +19,14 @@ def recovered(on_curve: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     Returns:
         `gap` (top-1 of `synthetic` and `real` alone, and the difference in `points`) and `recovered` (number
-        of last units -> share; None where there is no gap).
+        of last units -> share; None where synthetic images do not fall behind).
     """
     top = {row["k"]: row["top1"] for row in on_curve if row["first"] == "synthetic"}
     units = max(top)
     synthetic, real = top[units], top[0]
     shares = {
         str(count): round((top[units - count] - synthetic) / (real - synthetic), 4)
-        if real != synthetic
+        if real > synthetic
         else None
         for count in (1, 2, 4)
         if units - count in top
@@ -35,16 +35,25 @@ def recovered(on_curve: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"gap": gap, "recovered": shares}
 
 
+def _synthetic_interval(found: Mapping[str, Any]) -> tuple[float, float]:
+    total = found["n_test"]
+    return wilson_interval(round(found["gap"]["synthetic"] * total), total)
+
+
+def _tells_a_gap(found: Mapping[str, Any]) -> bool:
+    return bool(found["gap"]["real"] > _synthetic_interval(found)[1])
+
+
 def advice(found: Mapping[str, Any]) -> str:
-    """One sentence: what to do about the gap that was found."""
-    gap, total = found["gap"], found["n_test"]
-    low, high = wilson_interval(round(gap["synthetic"] * total), total)
-    if gap["real"] <= high:
-        return (
-            f"No gap to close: {gap['synthetic']:.1%} with synthetic images, {gap['real']:.1%} with real "
-            f"photos, and {total} photos tell no difference below {100 * (high - low) / 2:.1f} points."
-        )
-    shares = {count: share for count, share in found["recovered"].items() if share is not None}
+    """One sentence: what to do about the gap that was found.
+
+    Args:
+        found: `gap`, `recovered`, `n_test` and `classes`, their number.
+    """
+    if not _tells_a_gap(found):
+        return _no_gap(found)
+    gap = found["gap"]
+    shares = found["recovered"]
     enough = [count for count, share in shares.items() if share >= _MOST_OF_IT]
     if enough:
         return (
@@ -59,10 +68,23 @@ def advice(found: Mapping[str, Any]) -> str:
     )
 
 
+def _no_gap(found: Mapping[str, Any]) -> str:
+    synthetic, real = (found["gap"][side] for side in ("synthetic", "real"))
+    about = f"{synthetic:.1%} with synthetic images, {real:.1%} with real photos"
+    if max(synthetic, real) < (1 + 1 / found["classes"]) / 2:  # halfway from chance to no error
+        return f"No gap to see yet: {about}, so neither student has learned much; give more --epochs."
+    low, high = _synthetic_interval(found)
+    return (
+        f"No gap to close: {about}, and {found['n_test']} photos tell no difference below "
+        f"{100 * (high - low) / 2:.1f} points."
+    )
+
+
 def markdown(found: Mapping[str, Any]) -> str:
     """All tables, and the advice."""
     lines = [f"Top-1 on {found['n_test']} real photos", "", *_curve_table(found)]
-    lines += ["", *(f"- last {n} unit(s): {_percent(s)} of the gap" for n, s in found["recovered"].items())]
+    if _tells_a_gap(found):
+        lines += ["", *(f"- last {n} unit(s): {s:.0%} of the gap" for n, s in found["recovered"].items())]
     if found["efficiency"]:
         lines += ["", *_efficiency_table(found["efficiency"])]
     if found["switches"]:
@@ -72,10 +94,6 @@ def markdown(found: Mapping[str, Any]) -> str:
             for row in found["switches"]
         ]
     return "\n".join([*lines, "", found["advice"]])
-
-
-def _percent(share: float | None) -> str:
-    return "no share, since there is none," if share is None else f"{share:.0%}"
 
 
 def _cell(value: float | None) -> str:

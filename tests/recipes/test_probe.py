@@ -31,7 +31,7 @@ from synthkit.recipes.probe import (
     share,
 )
 from synthkit.recipes.probe_inputs import INPUTS
-from synthkit.recipes.probe_report import advice, recovered
+from synthkit.recipes.probe_report import advice, markdown, recovered
 from synthkit.recipes.settings import TrainSettings
 from tests.tiny_students import colour_folders, lively_student, noise
 
@@ -181,6 +181,9 @@ def test_the_inputs_leave_what_they_say() -> None:
     assert np.array_equal(patches[:, 16:], pixels[:, 16:])
 
 
+NO_TABLES: dict[str, Any] = {"curve": [], "efficiency": [], "switches": [], "units": [], "advice": ""}
+
+
 def rows(*top1: float) -> list[dict[str, Any]]:
     return [{"first": SYNTHETIC, "k": k, "top1": value} for k, value in enumerate(top1)]
 
@@ -189,15 +192,20 @@ def test_the_shares_of_the_gap_and_the_advice() -> None:
     late = recovered(rows(0.9, 0.9, 0.85, 0.8, 0.8, 0.7, 0.5))
     assert late["gap"] == {"synthetic": 0.5, "real": 0.9, "points": 40.0}
     assert late["recovered"] == {"1": 0.5, "2": 0.75, "4": 0.875}
-    text = advice({**late, "n_test": 400})
+    about = {"n_test": 400, "classes": 10}
+    text = advice({**late, **about})
     assert "last 1 unit(s) recover 50% of the gap of 40.0 points: adapt with --layers 1" in text
     early = recovered(rows(0.9, 0.6, 0.55, 0.5, 0.5, 0.5, 0.5))
     assert early["recovered"]["4"] == 0.125
-    assert "Even the last 4 units recover only 12% of the gap" in advice({**early, "n_test": 400})
+    assert "Even the last 4 units recover only 12% of the gap" in advice({**early, **about})
     none = recovered(rows(0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5))
     assert none["recovered"] == {"1": None, "2": None, "4": None}
-    assert advice({**none, "n_test": 40}).startswith("No gap to close")
-    assert advice({**recovered(rows(0.6, 0.6, 0.6, 0.6, 0.6, 0.5)), "n_test": 40}).startswith("No gap")
+    assert advice({**none, **about}).startswith("No gap to see yet: 50.0% with synthetic images, 50.0% with")
+    near = {**recovered(rows(0.8, 0.8, 0.8, 0.8, 0.8, 0.7)), "n_test": 40, "classes": 10}
+    assert advice(near).startswith("No gap to close") and "of the gap" not in markdown(NO_TABLES | near)
+    behind = recovered(rows(0.6, 0.6, 0.6, 0.6, 0.6, 0.6, 0.7))
+    assert behind["recovered"] == {"1": None, "2": None, "4": None} and behind["gap"]["points"] == -10
+    assert "- last 2 unit(s): 75% of the gap" in markdown(NO_TABLES | late | about)
 
 
 @pytest.mark.parametrize(
