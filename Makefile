@@ -22,7 +22,7 @@ test: $(READY)  ## run the tests
 
 lint: $(READY)  ## run ruff, mypy and the tests that hold the layout together
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest tests/test_layers.py tests/test_house.py
+	$(BIN)/python -m pytest tests/test_layers.py tests/test_repository.py
 
 glyphs: $(READY)  ## train the bundled generator glyphs-32 from nothing (long; goes on after an interruption)
 	$(BIN)/python -m synthkit.recipes.glyphs32 --out toolkit/models/glyphs-32

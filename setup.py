@@ -1,16 +1,19 @@
 """The mapping from folders to import names; everything else is in pyproject.toml."""
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
-PACKAGES = {
+FOLDERS = {
     "synthkit": "toolkit",
-    "synthkit.cli": "toolkit/cli",
-    "synthkit.models": "toolkit/models",
     "synthkit.engines": "engines",
-    "synthkit.engines.tensorrt": "engines/tensorrt",
     "synthkit.calibration": "calibration",
     "synthkit.recipes": "recipes",
-    "synthkit.recipes.glyphs32": "recipes/glyphs32",
 }
 
-setup(packages=list(PACKAGES), package_dir=PACKAGES)
+# The packages below a folder are found, so that a new one needs no line here.
+packages = [
+    name
+    for top, folder in FOLDERS.items()
+    for name in (top, *(f"{top}.{below}" for below in find_packages(folder)))
+]
+
+setup(packages=packages, package_dir=FOLDERS)

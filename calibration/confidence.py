@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from synthkit.errors import ConfigError, DataError
-from synthkit.metrics import calibration_error, wilson_interval
+from synthkit.metrics.classification import calibration_error, wilson_interval
 from synthkit.standalone import softmax
 
 FEWEST = 10

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from synthkit.calibration.confidence import fit_temperature
-from synthkit.metrics import log_loss
+from synthkit.metrics.classification import log_loss
 from synthkit.standalone import softmax
 
 STRENGTHS = tuple(float(10.0**power) for power in np.arange(1, -2.01, -0.5))

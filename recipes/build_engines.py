@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from synthkit.artifacts import Request, StageResult, read_manifest, run_stage
-from synthkit.engines.build import (
+from synthkit.diffusion.style_token import base_of
+from synthkit.engines.diffusion.build import (
     PlanBuild,
     build_onnx,
     build_plans,
     choose_backend,
     tensorrt_machine,
 )
-from synthkit.engines.export import component_precisions
-from synthkit.engines.spec import parse_batch, read_geometry
+from synthkit.engines.diffusion.export import component_precisions
+from synthkit.engines.runtime.component_spec import parse_batch, read_geometry
 from synthkit.engines.tensorrt.api import tensorrt_version
 from synthkit.engines.tensorrt.build_plan import (
     BuildOptions,
@@ -34,7 +35,6 @@ from synthkit.engines.tensorrt.build_plan import (
 from synthkit.errors import EngineError, ModelError
 from synthkit.models import model_fingerprint, resolve_model, weights_fingerprint
 from synthkit.recipes.settings import EngineSettings
-from synthkit.style import base_of
 
 log = logging.getLogger(__name__)
 

@@ -14,19 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from synthkit.artifacts import Request, StageResult, read_manifest, stage_state
-from synthkit.calibration.filters import filter_inputs
+from synthkit.calibration.filters.screening import filter_inputs
 from synthkit.config import override
+from synthkit.data.images import ImageSet, class_synonyms
 from synthkit.errors import ConfigError
-from synthkit.images import ImageSet, class_synonyms
 from synthkit.models import prompt_synonyms, refuse_two_encoders, resolve_model
-from synthkit.recipes.adapt import adapt, adapt_request
+from synthkit.recipes.adaptation.adapt import adapt, adapt_request
+from synthkit.recipes.adaptation.strategies import candidates
 from synthkit.recipes.build_engines import base_model, build_engines, build_engines_request
-from synthkit.recipes.export import export_request, run_export
-from synthkit.recipes.generate import Screening, generate, generate_request
+from synthkit.recipes.exporting.export import export_request, run_export
+from synthkit.recipes.exporting.precisions import chosen_precisions
+from synthkit.recipes.generation.generate import Screening, generate, generate_request
+from synthkit.recipes.generation.plan import make_plan
 from synthkit.recipes.learn_style import TOKEN_FILE, learn_style, learn_style_request
-from synthkit.recipes.paths import candidates
-from synthkit.recipes.precisions import chosen_precisions
-from synthkit.recipes.set_plan import make_plan
 from synthkit.recipes.settings import (
     AdaptSettings,
     EngineSettings,
@@ -156,7 +156,7 @@ def chain_stages(
 def _synthetic_stages(
     settings: ChainSettings, workspace: Workspace, photos: ImageSet, screening: Screening
 ) -> Iterator[StageResult]:
-    from synthkit.students import check_architecture
+    from synthkit.learning.students import check_architecture
 
     check_architecture(settings.train.student)
     several = _words_to_draw(settings, workspace, photos, screening, download=True)

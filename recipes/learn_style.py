@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from synthkit.artifacts import Request, StageResult, run_stage, write_json
-from synthkit.contact_sheet import contact_sheet
-from synthkit.images import ImageSet, Preprocessing
+from synthkit.data.contact_sheet import contact_sheet
+from synthkit.data.images import ImageSet, Preprocessing
+from synthkit.diffusion.style_token import StyleToken, save_all
 from synthkit.models import model_fingerprint, resolve_model, weights_fingerprint
 from synthkit.recipes.settings import StyleSettings
-from synthkit.style import StyleToken, save_all
 
 if TYPE_CHECKING:
     import torch
 
-    from synthkit.calibration.inversion import Inversion, Preview
-    from synthkit.diffusion import DiffusionParts
+    from synthkit.calibration.textual_inversion import Inversion, Preview
+    from synthkit.diffusion.parts import DiffusionParts
 
 TOKEN_FILE = "learned_embeds.safetensors"
 LOSSES = "losses.json"
@@ -88,9 +88,9 @@ def learn_style(
 def _produce(
     settings: StyleSettings, model: str, photos: ImageSet, words: Mapping[str, str], work: Path
 ) -> dict[str, Any]:
-    from synthkit.calibration.looks import group_by_look
-    from synthkit.diffusion import encode_images, image_size, load_parts
-    from synthkit.gradients import best_device
+    from synthkit.calibration.style_clusters import group_by_look
+    from synthkit.diffusion.parts import encode_images, image_size, load_parts
+    from synthkit.learning.gradients import best_device
 
     if settings.early_stop:
         photos = photos.distinct()  # a copy of a photo held out must not be learned
@@ -154,7 +154,7 @@ def _fit(
     work: Path,
 ) -> Inversion:
     """One cluster's token; its checkpoint stays until the last cluster is done."""
-    from synthkit.calibration.inversion import InversionSettings, invert_style, untrained_style
+    from synthkit.calibration.textual_inversion import InversionSettings, invert_style, untrained_style
 
     named = replace(settings, token=cluster.token)
     own = InversionSettings(**{one.name: getattr(named, one.name) for one in fields(InversionSettings)})
@@ -170,8 +170,8 @@ def _checkpoint(work: Path, number: int) -> Path:
 
 def _preview(settings: StyleSettings, parts: DiffusionParts, names: Sequence[str], work: Path) -> Preview:
     """A row of images per look, one photo of each word, as `previews/<token>/<step>.png`."""
-    from synthkit.calibration.inversion import Preview
-    from synthkit.diffusion import draw, token_ids
+    from synthkit.calibration.textual_inversion import Preview
+    from synthkit.diffusion.parts import draw, token_ids
 
     photos = np.sort(np.unique(names, return_index=True)[1])[:_PREVIEWED].tolist()
     folder = work / PREVIEWS / settings.token.strip("<>")

@@ -27,17 +27,17 @@ from synthkit.artifacts import (
     run_stage,
     stage_state,
 )
-from synthkit.curves import CURVES
+from synthkit.data.images import ImageSet
+from synthkit.data.splits import k_shot
 from synthkit.errors import ConfigError, DataError
-from synthkit.images import ImageSet
-from synthkit.metrics import top1
+from synthkit.learning.curves import CURVES
+from synthkit.metrics.classification import top1
 from synthkit.recipes.procedures import PROCEDURES, Images, Stage
 from synthkit.recipes.settings import TrainSettings
-from synthkit.splits import k_shot
 
 if TYPE_CHECKING:
-    from synthkit.students import Student
-    from synthkit.training import Batches, FitSettings
+    from synthkit.learning.fit import Batches, FitSettings
+    from synthkit.learning.students import Student
 
 log = logging.getLogger(__name__)
 
@@ -174,9 +174,9 @@ def train(settings: TrainSettings, material: Material, out: Path, force: bool = 
 
     Raises:
         ModelError: the student is unknown, or its weights are absent or do not fit.
-        ConfigError: training came to nothing, see `synthkit.training.fit`.
+        ConfigError: training came to nothing, see `synthkit.learning.fit.fit`.
     """
-    from synthkit.gradients import first_process, wait_for_all
+    from synthkit.learning.gradients import first_process, wait_for_all
 
     request = train_request(settings, material, out)
 
@@ -198,7 +198,7 @@ def train(settings: TrainSettings, material: Material, out: Path, force: bool = 
 
 def _produce(settings: TrainSettings, material: Material, work: Path) -> dict[str, Any]:
     """Run the stages of the procedure; what the metrics count."""
-    from synthkit.gradients import first_process
+    from synthkit.learning.gradients import first_process
 
     steps = {Images.SYNTHETIC.value: 0, Images.REAL.value: 0}
     student = None
@@ -220,8 +220,8 @@ def synthetic_student(settings: TrainSettings, material: Material, work: Path) -
 
     The result is kept in `work/synthetic`, where an interrupted run finds it.
     """
-    from synthkit.gradients import first_process
-    from synthkit.students import CONFIG, load_student
+    from synthkit.learning.gradients import first_process
+    from synthkit.learning.students import CONFIG, load_student
 
     if (work / SYNTHETIC / CONFIG).exists():
         return load_student(work / SYNTHETIC)
@@ -242,9 +242,9 @@ def learn(student: Student, stage: Stage, settings: TrainSettings, material: Mat
         material: what there is to learn from.
         work: folder for the stage's checkpoint and curves.
     """
-    from synthkit.auxiliary_norm import auxiliary_norms
-    from synthkit.gradients import first_process
-    from synthkit.training import fit
+    from synthkit.learning.auxiliary_norm import auxiliary_norms
+    from synthkit.learning.fit import fit
+    from synthkit.learning.gradients import first_process
 
     if stage.new_head:
         student.new_head(settings.seed)
@@ -271,7 +271,7 @@ def _held_out(
     student: Student, stage: Stage, settings: TrainSettings, material: Material
 ) -> tuple[Material, Callable[[], float] | None]:
     """What is left to learn from, and what looks at the photos held out of a stage that learns photos."""
-    from synthkit.training import Examples
+    from synthkit.learning.fit import Examples
 
     count = settings.held_out
     if not count or material.photos is None or stage.images is Images.SYNTHETIC:
@@ -298,8 +298,8 @@ def _held_out(
 
 def _lesson(student: Student, stage: Stage, settings: TrainSettings, material: Material) -> Batches:
     """What a stage draws its batches from."""
-    from synthkit.lessons import Blend
-    from synthkit.training import Examples
+    from synthkit.learning.fit import Examples
+    from synthkit.learning.mixed_batches import Blend
 
     real, synthetic = (
         Examples(images, student.preprocessing) if images and stage.images is not absent else None
@@ -316,7 +316,7 @@ def _lesson(student: Student, stage: Stage, settings: TrainSettings, material: M
 
 def untrained_student(settings: TrainSettings, material: Material) -> Student:
     """The student before any stage, from random or pretrained weights."""
-    from synthkit.students import new_student
+    from synthkit.learning.students import new_student
 
     weights = Path(settings.weights) if settings.weights else None
     size = settings.image_size
@@ -365,7 +365,7 @@ def real_fit_settings(settings: TrainSettings) -> FitSettings:
 
 
 def _fit_settings(settings: TrainSettings, steps: int, stage: Stage) -> FitSettings:
-    from synthkit.training import FitSettings
+    from synthkit.learning.fit import FitSettings
 
     real = stage.images is Images.REAL
     return FitSettings(

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from synthkit.images import ImageSet
+from synthkit.data.images import ImageSet
 from tests.tiny_models import tiny_tokenizer
 
 CLASSES = ("blue", "green", "red")
@@ -33,8 +33,8 @@ def class_folders(root: Path, each: int, seed: int, faintest: int = 110) -> Path
 
 def colour_student(root: Path) -> Path:
     """A student that tells the classes apart."""
-    from synthkit.students import new_student
-    from synthkit.training import Examples, FitSettings, fit
+    from synthkit.learning.fit import Examples, FitSettings, fit
+    from synthkit.learning.students import new_student
 
     images = ImageSet.scan(class_folders(root / "images", 12, seed=500))
     made = new_student("test_resnet", CLASSES, image_size=32)

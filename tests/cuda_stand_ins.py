@@ -67,7 +67,7 @@ def cuda_stand_ins() -> dict[str, Any]:
     stream = SimpleNamespace(cuda_stream=STREAM, synchronize=lambda: None, wait_stream=lambda other: None)
     return {
         "torch.empty": empty,  # libraries that ask for CUDA's presence must not find it: exports run as ever
-        "synthkit.engines.build.this_machine": stand_in_machine,
+        "synthkit.engines.diffusion.build.this_machine": stand_in_machine,
         "synthkit.engines.tensorrt.session.this_machine": stand_in_machine,
         "torch.cuda.Stream": lambda: stream,
         "torch.cuda.current_stream": lambda: SimpleNamespace(cuda_stream=0, wait_stream=lambda other: None),

@@ -14,10 +14,10 @@ from typing import Any
 from PIL import Image
 
 from synthkit import standalone
-from synthkit.engines.bundle import Bundle
-from synthkit.recipes.live_bundle import LiveBundle
-from synthkit.recipes.serve import Service, listen, make_server
-from synthkit.recipes.serve_request import Limits
+from synthkit.engines.bundle.format import Bundle
+from synthkit.recipes.serving.app import Service, listen, make_server
+from synthkit.recipes.serving.live_bundle import LiveBundle
+from synthkit.recipes.serving.request import Limits
 from tests.tiny_students import noise
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from synthkit.engines import bundle as bundles
-from synthkit.engines.bundle import FP32, Golden
+from synthkit.engines.bundle import format as bundles
+from synthkit.engines.bundle.format import FP32, Golden
 from tests.tiny_students import noise, tiny_bundle
 
 COLOURS = {

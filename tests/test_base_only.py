@@ -14,7 +14,7 @@ import pytest
 
 from synthkit.cli import COMMANDS
 from synthkit.one_line import EXTRAS
-from tests.house import NEEDS_TRAIN, link_tree, may_need_train, modules
+from tests.project_files import NEEDS_TRAIN, link_tree, may_need_train, modules
 
 BASE = ["click", "numpy", "pillow", "tqdm", *(["tomli"] if sys.version_info < (3, 11) else [])]
 
@@ -79,7 +79,7 @@ def test_every_submodule_imports_but_those_that_train(python: Path) -> None:
     }
     assert not wrong, "these modules import a package that the base does not bring (import it in a function)"
     needless = NEEDS_TRAIN & set(modules()) - set(absent)
-    assert not needless, "these import without any extra: take them off NEEDS_TRAIN in tests/house.py"
+    assert not needless, "these import without any extra: take them off NEEDS_TRAIN in tests/project_files.py"
 
 
 def test_the_help_of_every_command_works(python: Path) -> None:

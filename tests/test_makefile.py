@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.house import ROOT
+from tests.project_files import ROOT
 
 # Stands for an interpreter: makes an environment whose python is itself and writes down what it is asked.
 STUB = """#!/bin/sh

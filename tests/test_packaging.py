@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 import synthkit
-from tests.house import ROOT, mapping, modules, tracked_files
+from tests.project_files import ROOT, mapping, modules, tracked_files
 
 DATA = {
     "synthkit": ["py.typed"],
     "synthkit.models": ["glyphs-32/**/*"],
-    "synthkit.recipes": ["configs/*.toml", "pages/*.html"],
+    "synthkit.recipes": ["configs/*.toml", "serving/*.html", "diagnostics/*.html"],
 }
 
 

@@ -13,7 +13,7 @@ import click
 import pytest
 
 from synthkit.cli import COMMANDS, main
-from tests.house import ROOT, mapping, modules
+from tests.project_files import ROOT, mapping, modules
 
 ENTRY = re.compile(r"^(?P<indent>[ │├└─]*)(?P<name>[\w.][\w./*-]*)(?: {2,}(?P<phrase>\S.*))?$")
 CALL = re.compile(r"^(?:\$ )?(?:\S*/)?synthkit(?: +|$)(?P<rest>.*)$")

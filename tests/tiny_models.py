@@ -132,7 +132,7 @@ def tiny_tokenizer(folder: Path) -> Any:
 
 def write_token(path: Path, token: str = "<tiny>", vectors: int = 2, seed: int = 0) -> Path:
     """Write a style token with random vectors of the tiny pipeline's width."""
-    from synthkit.style import StyleToken
+    from synthkit.diffusion.style_token import StyleToken
 
     values = np.random.default_rng(seed).standard_normal((vectors, WIDTH)).astype(np.float32)
     StyleToken(token, values).save(path, "tiny")

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from synthkit.images import Preprocessing
+from synthkit.data.images import Preprocessing
 
 if TYPE_CHECKING:
-    from synthkit.students import Student
+    from synthkit.learning.students import Student
 
 CLASSES = ("Ærø brücke", "a dog", "Ω")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -29,7 +29,7 @@ class TinyStudent:
 
 def lively_student(seed: int = 0, classes: Sequence[str] = CLASSES, name: str = "test_resnet") -> Student:
     """A synthkit student with random BatchNorm statistics and head: its logits prove something."""
-    from synthkit.students import Student
+    from synthkit.learning.students import Student
 
     tiny = tiny_student(seed, classes, name)
     return Student(tiny.model, name, {}, tuple(classes), PREPROCESSING)
@@ -78,7 +78,7 @@ def colour_folders(root: Path, classes: Sequence[str], each: int = 4, seed: int 
 
 
 def tiny_bundle(folder: Path, trained_on: Sequence[str] = (), seed: int = 0) -> Path:
-    from synthkit.recipes.export import export_student_bundle
+    from synthkit.recipes.exporting.export import export_student_bundle
 
     folder.mkdir(parents=True)
     lineage = {"trained_on": list(trained_on), "path": "last layer"}

@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from synthkit.engines.spec import BatchRange, EngineSpec, Geometry, component_specs
+from synthkit.engines.runtime.component_spec import BatchRange, EngineSpec, Geometry, component_specs
 from synthkit.errors import EngineError
 
 OLDEST = (8, 5)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from synthkit.artifacts import digest, file_sha256, write_bytes, write_json
-from synthkit.engines.session import existing_engine
+from synthkit.engines.runtime.session import existing_engine
 from synthkit.engines.tensorrt.build_plan import BuildPlan, release
 from synthkit.errors import EngineError
 

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from synthkit.engines.session import Session, open_session
+from synthkit.engines.runtime.session import Session, open_session
+from synthkit.engines.runtime.tensor_spec import TensorSpec
 from synthkit.engines.tensorrt.api import TensorRt
 from synthkit.engines.tensorrt.build import build_engine
 from synthkit.engines.tensorrt.build_plan import BuildPlan, Profile
@@ -24,7 +25,6 @@ from synthkit.engines.tensorrt.plan_cache import Machine, network_digest, plan_k
 from synthkit.engines.tensorrt.precision_proof import graph_weights, prove_precision
 from synthkit.engines.tensorrt.session import deserialize
 from synthkit.errors import EngineError, ParityError, SynthkitError
-from synthkit.tensors import TensorSpec
 
 TOLERANCE = {
     # Tensor cores multiply fp32 as TF32, with 11 bits as in fp16, and sum in fp32.

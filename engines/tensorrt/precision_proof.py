@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from synthkit.engines.onnx_gate import weight_census
+from synthkit.engines.runtime.graph_check import weight_census
 from synthkit.engines.tensorrt.build_plan import BuildPlan
 from synthkit.errors import EngineError, MissingExtra
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from synthkit.engines.runtime.tensor_spec import TensorSpec
 from synthkit.engines.tensorrt.api import TensorRt
 from synthkit.engines.tensorrt.plan_cache import (
     find_plans,
@@ -24,7 +25,6 @@ from synthkit.engines.tensorrt.plan_cache import (
     this_machine,
 )
 from synthkit.errors import EngineError
-from synthkit.tensors import TensorSpec
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class _Lane:
 
 
 class TensorRtSession:
-    """A deserialised engine; see `synthkit.engines.session.Session`.
+    """A deserialised engine; see `synthkit.engines.runtime.session.Session`.
 
     Args:
         rt: the TensorRT that made the engine.

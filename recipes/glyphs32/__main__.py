@@ -19,7 +19,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from synthkit.config import override, setting
-from synthkit.diffusion import encode_images
+from synthkit.diffusion.parts import encode_images
 from synthkit.one_line import OneLineErrors
 from synthkit.recipes.glyphs32.autoencoder import train_autoencoder
 from synthkit.recipes.glyphs32.card import write_model

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from tqdm import trange
 
-from synthkit.checkpoints import load_checkpoint, save_checkpoint, step_generator
-from synthkit.diffusion import encode_images, to_pixels
-from synthkit.training import one_cycle
+from synthkit.diffusion.parts import encode_images, to_pixels
+from synthkit.learning.checkpoints import load_checkpoint, save_checkpoint, step_generator
+from synthkit.learning.fit import one_cycle
 
 #: Four, as in SD, hold the strokes of a 32 px image but drop its colours.
 LATENT_CHANNELS = 6

@@ -10,8 +10,8 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
-from synthkit.contact_sheet import contact_sheet
-from synthkit.diffusion import DiffusionParts
+from synthkit.data.contact_sheet import contact_sheet
+from synthkit.diffusion.parts import DiffusionParts
 from synthkit.recipes.glyphs32.captions import CLASS_WORDS
 from synthkit.recipes.glyphs32.denoiser import new_scheduler
 

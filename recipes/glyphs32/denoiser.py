@@ -12,11 +12,11 @@ from timm.utils import ModelEmaV3
 from tqdm import trange
 from transformers import CLIPTokenizerFast
 
-from synthkit.checkpoints import load_checkpoint, save_checkpoint, step_generator
-from synthkit.diffusion import DiffusionParts, noise_prediction_loss, token_ids
+from synthkit.diffusion.parts import DiffusionParts, noise_prediction_loss, token_ids
+from synthkit.learning.checkpoints import load_checkpoint, save_checkpoint, step_generator
+from synthkit.learning.fit import one_cycle
 from synthkit.recipes.glyphs32.autoencoder import LATENT_CHANNELS
 from synthkit.recipes.glyphs32.text_encoder import WIDTH, new_text_encoder, teach_to_read
-from synthkit.training import one_cycle
 
 # Share of images that are trained without a caption, which classifier-free guidance needs.
 _NO_CAPTION = 0.1

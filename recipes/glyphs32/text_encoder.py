@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from tqdm import trange
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
 
-from synthkit.checkpoints import step_generator
+from synthkit.learning.checkpoints import step_generator
 from synthkit.recipes.glyphs32.captions import SYMBOLS
 from synthkit.recipes.glyphs32.tokenizer import CONTEXT
 

@@ -13,7 +13,7 @@ from synthkit.calibration.confidence import (
     threshold_for_error,
 )
 from synthkit.errors import ConfigError, DataError
-from synthkit.metrics import calibration_error
+from synthkit.metrics.classification import calibration_error
 from synthkit.standalone import softmax
 
 

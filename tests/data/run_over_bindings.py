@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from synthkit.engines.spec import BatchRange, EngineSpec
+from synthkit.engines.runtime.component_spec import BatchRange, EngineSpec
+from synthkit.engines.runtime.tensor_spec import TensorSpec
 from synthkit.engines.tensorrt import build as tensorrt_build
 from synthkit.engines.tensorrt import timing_cache
 from synthkit.engines.tensorrt.api import TensorRt, probe_tensorrt
@@ -24,7 +25,6 @@ from synthkit.engines.tensorrt.build import build_engine
 from synthkit.engines.tensorrt.build_plan import BuildOptions, decide_plan
 from synthkit.engines.tensorrt.session import deserialize
 from synthkit.errors import EngineError
-from synthkit.tensors import TensorSpec
 from tests.cuda_stand_ins import apply, cuda_stand_ins
 
 

@@ -18,10 +18,10 @@ pytest.importorskip("onnxruntime")
 from PIL import Image
 
 from synthkit.cli import main
-from synthkit.engines.bundle import Bundle
+from synthkit.engines.bundle.format import Bundle
+from synthkit.learning.students import load_student, new_student
 from synthkit.recipes.chain import Workspace, remembered_model
 from synthkit.recipes.settings import EngineSettings
-from synthkit.students import load_student, new_student
 from tests.tiny_models import tiny_sdxl
 from tests.tiny_students import colour_folders
 

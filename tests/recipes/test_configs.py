@@ -3,7 +3,7 @@
 from synthkit.config import read_recipe, read_toml
 from synthkit.recipes.procedures import BRIDGED, PROCEDURES
 from synthkit.recipes.settings import SECTIONS
-from tests.house import ROOT
+from tests.project_files import ROOT
 
 
 def test_every_recipe_file_loads() -> None:

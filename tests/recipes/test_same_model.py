@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from synthkit import style as style_files
 from synthkit.artifacts import read_manifest
+from synthkit.diffusion import style_token as style_files
 from synthkit.errors import ModelError
 from synthkit.models import weights_fingerprint
 from synthkit.recipes.build_engines import check_same_model
-from synthkit.recipes.generate import generate_request
+from synthkit.recipes.generation.generate import generate_request
 from synthkit.recipes.settings import GenerateSettings
 from tests.tiny_models import tiny_pipeline
 

@@ -94,7 +94,7 @@ def _refuse_contradictions(real_dir: Path | None, values: dict[str, Any]) -> Non
 
 
 def _roll_back(bundle: Path) -> options.Output:
-    from synthkit.engines.bundle_versions import rollback
+    from synthkit.engines.bundle.versions import rollback
 
     before, now = rollback(bundle)
     data = {"outcome": "rolled back", "bundle": str(bundle), "from_version": before, "version": now}
@@ -105,8 +105,8 @@ def _roll_back(bundle: Path) -> options.Output:
 
 def _adapt_bundle(real_dir: Path, values: dict[str, Any]) -> options.Output:
     from synthkit.calibration.confidence import Target
-    from synthkit.images import ImageSet
-    from synthkit.recipes.adapt_bundle import DeviceSettings, adapt_bundle
+    from synthkit.data.images import ImageSet
+    from synthkit.recipes.device.update import DeviceSettings, adapt_bundle
 
     target = Target(values["coverage"], values["max_error"], values["max_miss"])
     settings = DeviceSettings(values["new_class"], target, values["force"], values["dry_run"])
@@ -177,9 +177,9 @@ def _run_chain(
     **values: Any,
 ) -> options.Output:
     from synthkit.artifacts import workspace_lock
-    from synthkit.images import ImageSet
+    from synthkit.data.images import ImageSet
+    from synthkit.data.splits import check_disjoint
     from synthkit.recipes.chain import Workspace, chain_stages, plan_chain
-    from synthkit.splits import check_disjoint
 
     photos, test = ImageSet.scan(real_dir, skip_bad), None
     if test_dir:
@@ -226,9 +226,9 @@ def _answer(
     results: Sequence[StageResult], place: Workspace, test_dir: Path | None, skip_bad: bool
 ) -> options.Output:
     """What was done, which path was taken and why, and the bundle's top-1 where there are test images."""
-    from synthkit.engines.bundle import Bundle
-    from synthkit.recipes.adapt import describe
-    from synthkit.recipes.evaluate import evaluate_bundle
+    from synthkit.engines.bundle.format import Bundle
+    from synthkit.recipes.adaptation.adapt import describe
+    from synthkit.recipes.device.evaluate import evaluate_bundle
 
     stages = {result.manifest.stage: "skipped" if result.skipped else "done" for result in results}
     seconds = round(sum(result.manifest.seconds for result in results if not result.skipped), 3)

@@ -82,7 +82,7 @@ _FOR_ENGINES = ("steps", "guidance", "unet_step", "profile")
 
 
 def _bench_bundle(bundle: Path, chosen: dict[str, Any]) -> options.Output:
-    from synthkit.recipes.bench_bundle import Plan, as_text, bench_bundle
+    from synthkit.recipes.device.bench import Plan, as_text, bench_bundle
 
     student = {"student": str(chosen.pop("student"))} if "student" in chosen else {}
     threads = {"threads": tuple(sorted({1, len(os.sched_getaffinity(0))}))}
@@ -91,7 +91,7 @@ def _bench_bundle(bundle: Path, chosen: dict[str, Any]) -> options.Output:
 
 
 def _bench_engines(engines: Path, chosen: dict[str, Any]) -> options.Output:
-    from synthkit.recipes import bench_engines, bench_unet, profile_unet
+    from benchmarks import bench_engines, bench_unet, profile_unet
 
     alone, profile = chosen.pop("unet_step", False), chosen.pop("profile", False)
     if alone and "steps" in chosen:

@@ -21,7 +21,7 @@ def _numbers(_context: click.Context, _option: click.Parameter, text: str) -> li
 
 
 def _method_names(_context: click.Context, _option: click.Parameter, text: str) -> list[str]:
-    from synthkit.recipes.methods import METHODS
+    from synthkit.recipes.studies.methods import METHODS
 
     names = [name.strip() for name in text.split(",")]
     unknown = [name for name in names if name not in METHODS]
@@ -74,9 +74,9 @@ def command(
     Example: synthkit compare --real-dir ./pool --test-dir ./test --shots 1,2,4 --seeds 3
     """
     from synthkit.artifacts import workspace_lock, write_bytes, write_json
-    from synthkit.images import ImageSet
+    from synthkit.data.images import ImageSet
     from synthkit.recipes.chain import ChainSettings
-    from synthkit.recipes.compare import Cell, compare, plot
+    from synthkit.recipes.studies.compare import Cell, compare, plot
 
     found = options.gather_settings(config, values, *_SECTIONS)
     settings = ChainSettings(
@@ -99,6 +99,6 @@ def command(
 
 
 def _text(result: dict[str, Any]) -> str:
-    from synthkit.recipes.compare import markdown
+    from synthkit.recipes.studies.compare import markdown
 
     return f"Top-1 on {result['n_test']} real test images\n\n{markdown(result)}\n"

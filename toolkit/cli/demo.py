@@ -11,7 +11,7 @@ import click
 from synthkit.cli import options
 
 if TYPE_CHECKING:
-    from synthkit.recipes.demo import DemoResult
+    from synthkit.recipes.studies.demo import DemoResult
 
 
 @options.command("demo")
@@ -26,9 +26,9 @@ def command(workspace: Path, shots: int, seed: int, force: bool) -> options.Outp
     """
     from synthkit.artifacts import workspace_lock
     from synthkit.recipes.chain import ChainSettings, Workspace
-    from synthkit.recipes.compare import seeded
-    from synthkit.recipes.demo import run_demo
-    from synthkit.recipes.digits import write_digits
+    from synthkit.recipes.studies.compare import seeded
+    from synthkit.recipes.studies.demo import run_demo
+    from synthkit.recipes.studies.digits import write_digits
 
     started = time.perf_counter()
     place = Workspace(workspace / f"demo-{shots}-shot-{seed}")

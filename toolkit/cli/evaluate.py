@@ -25,9 +25,9 @@ def command(workspace: Path, bundle: Path | None, test_dir: Path, skip_bad: bool
     \b
     Example: synthkit evaluate --bundle ./bundle --test-dir ./test
     """
-    from synthkit.engines.bundle import Bundle
-    from synthkit.engines.bundle_versions import find_again
-    from synthkit.recipes.evaluate import evaluate_bundle
+    from synthkit.engines.bundle.format import Bundle
+    from synthkit.engines.bundle.versions import find_again
+    from synthkit.recipes.device.evaluate import evaluate_bundle
 
     folder = bundle or workspace / "bundle"
     find_again(folder)

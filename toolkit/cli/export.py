@@ -40,8 +40,8 @@ def command(
     Example: synthkit export --student ./student --real-dir ./few_shots --precision fp32,fp16,int8
     """
     from synthkit.artifacts import stage_state, workspace_lock
-    from synthkit.images import ImageSet
-    from synthkit.recipes.export import Images, export_request, run_export
+    from synthkit.data.images import ImageSet
+    from synthkit.recipes.exporting.export import Images, export_request, run_export
 
     settings = options.gather_settings(config, values, "export")["export"]
     photos, synthetic, test = (ImageSet.scan(one) if one else None for one in (real_dir, synth_dir, test_dir))

@@ -12,8 +12,8 @@ from synthkit.cli import options
 from synthkit.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
-    from synthkit.images import ImageSet
-    from synthkit.students import Student
+    from synthkit.data.images import ImageSet
+    from synthkit.learning.students import Student
 
 _REGIMES = {"synthetic_only": "Synthetic images alone", "added_to_real": "Synthetic images beside the photos"}
 
@@ -67,8 +67,8 @@ def command(
     Example: synthkit gap --real-dir ./test --weights ./mobilenet --architecture mobilenetv2_100
     """
     from synthkit.artifacts import workspace_lock, write_json
-    from synthkit.images import ImageSet
-    from synthkit.recipes.gap import check_classes, measure_gap
+    from synthkit.data.images import ImageSet
+    from synthkit.recipes.diagnostics.gap import check_classes, measure_gap
 
     source = synth_dir or _workspace_set(workspace)
     synthetic, real = ImageSet.scan(source, skip_bad), ImageSet.scan(real_dir, skip_bad)
@@ -100,7 +100,7 @@ def _network(
     """The network whose features are used, and its name."""
     if bool(weights) != bool(architecture) or (weights and student_dir):
         raise ConfigError("give either --student DIR, or --weights FILE together with --architecture NAME")
-    from synthkit.students import before_photos, load_student, new_student
+    from synthkit.learning.students import before_photos, load_student, new_student
 
     if weights and architecture:
         return new_student(architecture, photos.classes, weights=weights), f"{architecture} of {weights}"

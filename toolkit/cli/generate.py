@@ -58,9 +58,9 @@ def command(
     Example: synthkit generate --real-dir ./few_shots --per-class 500 --guidance 1.5:3.0
     Example: synthkit generate --redo 3/00002.png
     """
-    from synthkit.images import ImageSet
+    from synthkit.data.images import ImageSet
     from synthkit.models import prompt_synonyms
-    from synthkit.recipes.generate import Screening, generate, generate_request
+    from synthkit.recipes.generation.generate import Screening, generate, generate_request
 
     engines_dir, style_file = engines or workspace / "engines", style or _workspace_style(workspace)
     if redo:
@@ -93,7 +93,7 @@ def _class_names(
     if (real_dir is None) == (classes is None):
         raise ConfigError("name the classes by either --real-dir DIR or --classes a,b,c")
     if real_dir is not None:
-        from synthkit.images import ImageSet, class_synonyms
+        from synthkit.data.images import ImageSet, class_synonyms
 
         photos = ImageSet.scan(real_dir, skip_bad)
         return photos, list(photos.classes), class_synonyms(real_dir, photos.classes)
@@ -112,7 +112,7 @@ def _planned(request: Any, count: int, classes: int) -> options.Output:
 def _redo(
     image: Path, usual: Path, engines: Path, style: Path | None, photos: Any, out: Path | None
 ) -> options.Output:
-    from synthkit.recipes.redo import find_set, redo
+    from synthkit.recipes.generation.redo import find_set, redo
 
     root, name = find_set(image, usual)
     result = redo(root, name, engines, style, photos)

@@ -44,7 +44,7 @@ def command(
     Example: synthkit learn-style --real-dir ./few_shots --clusters 3 --preview-every 50
     """
     from synthkit.artifacts import stage_state, workspace_lock
-    from synthkit.images import ImageSet, class_words
+    from synthkit.data.images import ImageSet, class_words
     from synthkit.models import prompt_words, resolve_model
     from synthkit.recipes.build_engines import base_model, existing_engines
     from synthkit.recipes.learn_style import learn_style, learn_style_request

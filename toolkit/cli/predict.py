@@ -23,8 +23,8 @@ def command(workspace: Path, bundle: Path | None, top: int, images: tuple[Path, 
     \b
     Example: synthkit predict --bundle ./bundle photo.jpg
     """
-    from synthkit.engines.bundle import Bundle
-    from synthkit.engines.bundle_versions import find_again
+    from synthkit.engines.bundle.format import Bundle
+    from synthkit.engines.bundle.versions import find_again
 
     folder = bundle or workspace / "bundle"
     find_again(folder)

@@ -59,9 +59,9 @@ def command(
     Example: synthkit probe --synth-dir ./synthetic --real-dir ./photos --test-dir ./test --student resnet10t
     """
     from synthkit.artifacts import workspace_lock, write_bytes, write_json
-    from synthkit.images import ImageSet
-    from synthkit.recipes.probe import Probe, ProbeSettings, held_out, run_probe
-    from synthkit.recipes.probe_report import markdown, plot
+    from synthkit.data.images import ImageSet
+    from synthkit.recipes.diagnostics.probe import Probe, ProbeSettings, held_out, run_probe
+    from synthkit.recipes.diagnostics.probe_report import markdown, plot
 
     found = options.gather_settings(config, values, "train", "adapt")
     named = () if switches == "none" else tuple(name.strip() for name in switches.split(","))

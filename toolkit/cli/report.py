@@ -26,8 +26,8 @@ def command(workspace: Path, real_dir: Path | None, skip_bad: bool, out: Path | 
     \b
     Example: synthkit report --real-dir ./few_shots
     """
-    from synthkit.images import ImageSet
-    from synthkit.recipes.report import write_report
+    from synthkit.data.images import ImageSet
+    from synthkit.recipes.diagnostics.report import write_report
 
     photos = ImageSet.scan(real_dir, skip_bad) if real_dir else None
     target = out or workspace / "report.html"

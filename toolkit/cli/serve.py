@@ -49,10 +49,10 @@ def command(
     Example: synthkit serve --bundle ./bundle
              curl --data-binary @photo.jpg http://127.0.0.1:8000/predict
     """
-    from synthkit.engines.bundle_versions import find_again
-    from synthkit.recipes.live_bundle import LiveBundle
-    from synthkit.recipes.serve import Service, listen, make_server, run
-    from synthkit.recipes.serve_request import Limits
+    from synthkit.engines.bundle.versions import find_again
+    from synthkit.recipes.serving.app import Service, listen, make_server, run
+    from synthkit.recipes.serving.live_bundle import LiveBundle
+    from synthkit.recipes.serving.request import Limits
 
     if token is not None and (no_token or not token.strip()):
         raise ConfigError("--token is empty or stands beside --no-token; give one of the two, and a word")

@@ -48,8 +48,8 @@ def command(
     Example: synthkit train --real-dir ./few_shots --procedure joint
     """
     from synthkit.artifacts import stage_state, workspace_lock
-    from synthkit.gradients import first_process
-    from synthkit.images import ImageSet
+    from synthkit.data.images import ImageSet
+    from synthkit.learning.gradients import first_process
     from synthkit.recipes.train import Material, train, train_request
 
     settings = options.gather_settings(config, values, "train")["train"]

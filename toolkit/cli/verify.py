@@ -19,8 +19,8 @@ def command(workspace: Path, bundle: Path | None) -> options.Output:
     \b
     Example: synthkit verify --bundle ./bundle
     """
-    from synthkit.engines.bundle import verify
-    from synthkit.engines.bundle_versions import find_again
+    from synthkit.engines.bundle.format import verify
+    from synthkit.engines.bundle.versions import find_again
 
     folder = bundle or workspace / "bundle"
     find_again(folder)

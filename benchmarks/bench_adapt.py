@@ -1,0 +1,257 @@
+"""Benchmark of last-layer adaptation, `python -m benchmarks.bench_adapt`
+
+    the same photos, student, ─┬─ cached    frozen layers once per view, then steps over the last units
+    optimiser, learning rates, ├─ plain     the same loop, the whole student in every step
+    number of steps            └─ timm      timm's transforms, DataLoader, optimiser and schedule
+    `adapt` as a whole ────────┬─ cached    cross-validation of every path, then the one chosen
+                               └─ plain     the same with the whole student in every step
+
+Runs alternate and medians are compared, with every way's top-1 beside it. What to expect follows from the
+images that pass the frozen layers: photos * (views + 1) with the cache, steps * batch for each training
+without. It is printed first, so that a measurement that misses it asks for a reason; one that is above it
+has ONNX Runtime for a reason, in which the frozen layers run where they are kept.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import numpy as np
+
+from synthkit.artifacts import versions, write_json
+from synthkit.data.images import ImageSet
+from synthkit.data.splits import check_disjoint, k_shot
+from synthkit.metrics.classification import top1
+from synthkit.one_line import OneLineErrors
+from synthkit.recipes.adaptation.selection import choose_path
+from synthkit.recipes.adaptation.strategies import (
+    LAST,
+    PATHS,
+    AdaptPath,
+    Site,
+    Start,
+    course,
+    fit_settings,
+    follow,
+)
+from synthkit.recipes.settings import AdaptSettings, TrainSettings
+
+if TYPE_CHECKING:
+    from synthkit.learning.feature_cache import Views
+    from synthkit.learning.students import Student
+
+Way = Callable[[Site, AdaptPath], "Student"]
+
+
+class PlainSite(Site):
+    """A site where nothing that the frozen layers say is kept."""
+
+    @property
+    def seen(self) -> Mapping[int, Views]:  # type: ignore[override]
+        """Nothing."""
+        return {}
+
+
+def stage(site: Site, path: AdaptPath) -> Student:
+    """Train along a path that was asked for."""
+    begun = course(path, site)
+    follow(path, site, begun)
+    return begun.whole
+
+
+def whole(site: Site, path: AdaptPath) -> Student:
+    """Let cross-validation choose the path, then train along it."""
+    return stage(site, choose_path(site).path)
+
+
+def timm_style(photos: ImageSet, site: Site, path: AdaptPath) -> Student:
+    """Fine-tune as timm's users write it: a data set of files, its transforms, its schedule."""
+    import torch
+    from timm.data import create_transform
+    from timm.loss import LabelSmoothingCrossEntropy
+    from timm.optim import create_optimizer_v2
+    from timm.scheduler import CosineLRScheduler
+
+    student, settings = site.start.student.clone(), fit_settings(path, site)
+    student.train_only_last(path.units or 0)
+    config = student.preprocessing
+    transform = create_transform(
+        config.input_size,
+        is_training=True,
+        hflip=0.0,
+        interpolation=config.interpolation,
+        mean=config.mean,
+        std=config.std,
+    )
+    batch = min(settings.batch_size, len(photos))
+    loader = torch.utils.data.DataLoader(_Photos(photos, transform), batch, shuffle=True, drop_last=True)
+    trainable = [one for one in student.model.parameters() if one.requires_grad]
+    optimizer = create_optimizer_v2(
+        torch.nn.ParameterList(trainable), opt="adamw", lr=settings.lr, weight_decay=0.0
+    )
+    scheduler = CosineLRScheduler(optimizer, t_initial=settings.steps, lr_min=settings.lr / 100)
+    loss_of, step = LabelSmoothingCrossEntropy(settings.smoothing), 0
+    student.model.eval()  # statistics stay, as in the other ways
+    while step < settings.steps:
+        for images, labels in loader:
+            loss = loss_of(student.model(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            step += 1
+            scheduler.step(step)
+            if step == settings.steps:
+                break
+    return student
+
+
+class _Photos:
+    """Photos as a torch data set that decodes and augments one at a time."""
+
+    def __init__(self, images: ImageSet, transform: Callable[[Any], Any]) -> None:
+        self._images, self._transform = images, transform
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        from synthkit.standalone import open_image
+
+        item = self._images.items[index]
+        return self._transform(open_image(item.path)), item.label
+
+
+def expected(site: Site, path: AdaptPath) -> dict[str, Any]:
+    """How many images pass the frozen layers, and the ratio where nothing else took time.
+
+    All layers, which cross-validation tries too, pass none, and take as long in either way.
+    """
+    photos, steps = len(site.examples), fit_settings(path, site).steps
+    batch = fit_settings(path, site).batch_size
+    kept = photos * (site.settings.views + 1)
+    trainings = 1 + site.folds * len(LAST)
+    return {
+        "cached": kept,
+        "plain_stage": steps * batch,
+        "plain_whole": trainings * steps * batch,
+        "stage_ratio": round(steps * batch / kept, 2),
+        "whole_ratio": round(trainings * steps * batch / kept, 2),
+    }
+
+
+def measure(ways: Mapping[str, tuple[Way, Site]], path: AdaptPath, test: ImageSet, runs: int) -> Any:
+    """Seconds and top-1 of every way, run in turns.
+
+    Args:
+        ways: name -> what to run, and on which site.
+        path: for those that take one.
+        test: real test images.
+        runs: of every way.
+
+    Returns:
+        Name -> `seconds` (the median), `all_seconds` and `top1`.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    scores: dict[str, float] = {}
+    for _ in range(runs):
+        for name, (way, site) in ways.items():
+            fresh = type(site)(site.start, site.examples, site.settings, site.training)  # nothing kept
+            begun = time.perf_counter()
+            student = way(fresh, path)
+            seconds[name].append(round(time.perf_counter() - begun, 3))
+            scores[name] = _top1(student, test)
+    return {
+        name: {"seconds": statistics.median(found), "all_seconds": found, "top1": round(scores[name], 4)}
+        for name, found in seconds.items()
+    }
+
+
+def _top1(student: Student, test: ImageSet) -> float:
+    predicted = student.logits(test.load(student.preprocessing)).argmax(1).numpy()
+    return top1(np.asarray(predicted), test.labels)
+
+
+def _first_classes(images: ImageSet, count: int) -> ImageSet:
+    """The images of the first classes."""
+    kept = tuple(item for item in images.items if item.label < count)
+    return ImageSet(images.root, images.classes[:count], kept)
+
+
+@click.command(cls=OneLineErrors)
+@click.option("--real-dir", type=click.Path(path_type=Path), required=True, help="Photos to draw from.")
+@click.option("--test-dir", type=click.Path(path_type=Path), required=True, help="Real test images.")
+@click.option("--weights", type=click.Path(path_type=Path), required=True, help="The student's weights.")
+@click.option("--student", default="mobilenetv2_100", show_default=True)
+@click.option("--size", default=224, show_default=True, help="Input side in pixels.")
+@click.option("--classes", default=10, show_default=True)
+@click.option("--shots", default=16, show_default=True, help="Photos per class.")
+@click.option(
+    "--path", default="last-1", type=click.Choice(["last-1", "last-2", "last-4"]), show_default=True
+)
+@click.option("--steps", type=int, help="Gradient steps.  [default: those of `adapt`]")
+@click.option("--views", default=AdaptSettings.views, show_default=True, help="Views of a photo.")
+@click.option("--whole/--no-whole", "with_whole", default=True, help="Time cross-validation too.")
+@click.option("--runs", default=3, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="JSON file to write.")
+def main(
+    real_dir: Path,
+    test_dir: Path,
+    weights: Path,
+    student: str,
+    size: int,
+    classes: int,
+    shots: int,
+    path: str,
+    steps: int | None,
+    views: int,
+    with_whole: bool,
+    runs: int,
+    out: Path,
+) -> None:
+    """Time adaptation with kept activations, without, and as a timm script; writes OUT and prints it."""
+    from synthkit.learning.fit import Examples
+    from synthkit.learning.students import new_student
+
+    pool = _first_classes(ImageSet.scan(real_dir), classes)
+    test = _first_classes(ImageSet.scan(test_dir), classes).with_classes(pool.classes)
+    check_disjoint(pool, test, (str(real_dir), str(test_dir)))
+    photos = pool.subset(k_shot(pool, shots, 0))
+    start = Start(new_student(student, pool.classes, weights=weights, image_size=size), False, None)
+    settings = AdaptSettings(adapt_steps=steps, views=views, path=path)
+    parts = (start, Examples(photos, start.student.preprocessing), settings, TrainSettings())
+    predicted = expected(Site(*parts), PATHS[path])
+    click.echo(f"images through the frozen layers: {json.dumps(predicted)}", err=True)
+    ways: dict[str, tuple[Way, Site]] = {
+        "stage cached": (stage, Site(*parts)),
+        "stage plain": (stage, PlainSite(*parts)),
+        "stage timm": (functools.partial(timm_style, photos), PlainSite(*parts)),
+    }
+    if with_whole:
+        parts = (*parts[:2], replace(settings, path="auto"), parts[3])
+        ways |= {"whole cached": (whole, Site(*parts)), "whole plain": (whole, PlainSite(*parts))}
+    measured = measure(ways, PATHS[path], test, runs)
+    asked = {"student": student, "size": size, "path": path, "photos": len(photos), **asdict(settings)}
+    result = {"expected": predicted, "measured": measured, "n_test": len(test), "settings": asked}
+    write_json(out, {**result, "ratios": ratios(measured), "versions": versions()})
+    click.echo(out.read_text(encoding="utf-8"))
+
+
+def ratios(measured: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """How many times as long as the cached way of its kind each other way took."""
+    return {
+        name: round(one["seconds"] / measured[f"{name.partition(' ')[0]} cached"]["seconds"], 2)
+        for name, one in measured.items()
+        if not name.endswith("cached")
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""`generate` at volume: killed again and again, timed in and outside its networks, its memory watched.
+
+    python -m benchmarks.bench_generate ./engines ./trial --style ./learned_embeds.safetensors
+
+An uninterrupted set tells how much of the drawing loop lies inside UNet and VAE sessions. The same set with
+another batch size, by runs that are killed at random moments and one to the end, must have the same bytes. A
+larger one shows the memory in use as images add up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from synthkit.artifacts import MANIFEST, file_sha256
+from synthkit.engines.diffusion.pipeline import EnginePipeline
+from synthkit.engines.runtime.session import OrtSession, usable_threads
+from synthkit.errors import EngineError
+from synthkit.one_line import OneLineErrors
+from synthkit.recipes.device.bench import resident_bytes
+from synthkit.recipes.generation.generate import generate
+from synthkit.recipes.settings import GenerateSettings
+
+_POLL_S = 0.05
+_AFTER_S = 1.0  # a kill comes up to so long after its number of images is there
+MARKS = (100, 1000, 2000, 5000, 10_000, 20_000, 50_000)
+"""Numbers of images at which the memory is read."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A set to draw.
+
+    Attributes:
+        engines_dir: what `build_engines` wrote.
+        style: a file of style tokens, or None.
+        classes: class names.
+        per_class: images of each.
+        steps: denoising steps.
+        batch_size: images per batch.
+    """
+
+    engines_dir: Path
+    style: Path | None
+    classes: tuple[str, ...]
+    per_class: int
+    steps: int
+    batch_size: int
+
+    @property
+    def images(self) -> int:
+        """Images of the whole set."""
+        return self.per_class * len(self.classes)
+
+    def start(self, out: Path) -> subprocess.Popen[str]:
+        """Draw the set, or what is missing of it, in a process of its own."""
+        task = [str(self.engines_dir), str(out), "--per-class", str(self.per_class), "--here"]
+        task += ["--classes", ",".join(self.classes), "--steps", str(self.steps)]
+        task += ["--batch-size", str(self.batch_size), *(["--style", str(self.style)] if self.style else [])]
+        command = [sys.executable, "-m", "benchmarks.bench_generate", *task]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+    def finish(self, out: Path) -> dict[str, Any]:
+        """`start`, and wait for the figures.
+
+        Raises:
+            EngineError: the run failed.
+        """
+        return _figures(self.start(out))
+
+    def here(self, out: Path) -> dict[str, Any]:
+        """Draw the set in this process and time its sessions."""
+        from synthkit.models import prompt_words
+
+        words = prompt_words(self.engines_dir, self.classes, {})
+        settings = GenerateSettings(self.per_class, self.steps, batch_size=self.batch_size)
+        with session_clock() as clock:
+            metrics = generate(settings, self.engines_dir, words, self.style, out).manifest.metrics
+        loop = metrics["written"] / metrics["images_per_second"] if metrics["written"] else 0.0
+        inside = clock() / EnginePipeline(self.engines_dir).workers / loop if loop else None
+        return {
+            **metrics,
+            "loop_seconds": round(loop, 3),
+            "share_inside_sessions": inside and round(inside, 4),
+        }
+
+
+@contextlib.contextmanager
+def session_clock() -> Iterator[Callable[[], float]]:
+    """Seconds inside UNet and VAE sessions since here, added up over threads that run at the same time."""
+    total, lock = [0.0], threading.Lock()
+    run, bind = OrtSession.run, OrtSession.bind
+
+    def timed(session: OrtSession, compute: Callable[[], Any]) -> Any:
+        started = time.perf_counter()
+        result = compute()
+        if "input_ids" not in [spec.name for spec in session.inputs]:  # the text encoder's
+            with lock:
+                total[0] += time.perf_counter() - started
+        return result
+
+    def timed_run(self: OrtSession, feeds: Mapping[str, Any]) -> Any:
+        return timed(self, lambda: run(self, feeds))
+
+    def timed_bind(self: OrtSession, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> Any:
+        compute = bind(self, inputs, outputs)
+        return lambda: timed(self, compute)
+
+    OrtSession.run, OrtSession.bind = timed_run, timed_bind  # type: ignore[method-assign]
+    try:
+        yield lambda: total[0]
+    finally:
+        OrtSession.run, OrtSession.bind = run, bind  # type: ignore[method-assign]
+
+
+def kills(trial: Trial, folder: Path, count: int, seed: int = 0) -> dict[str, Any]:
+    """Draw a set once whole, and once by runs that are killed at random moments; compare the two.
+
+    Args:
+        trial: the set.
+        folder: where; what an earlier trial left there is removed.
+        count: kills.
+        seed: of the moments.
+
+    Returns:
+        JSON data: `kills` that met a run at work, `identical`, `different` files, figures of the `whole` run.
+    """
+    whole, killed = folder / "whole", folder / "killed"
+    for old in (whole, killed, folder / ".killed.partial", folder / ".whole.partial"):
+        shutil.rmtree(old, ignore_errors=True)
+    figures = trial.finish(whole)
+    other, draw = replace(trial, batch_size=max(1, trial.batch_size * 2 // 3)), random.Random(seed)
+    moments = sorted(draw.randrange(trial.images) for _ in range(count))
+    met = sum(_kill(other, killed, moment, draw.uniform(0, _AFTER_S)) for moment in moments)
+    other.finish(killed)
+    found, wanted = contents(killed), contents(whole)
+    different = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+    return {
+        "images": trial.images,
+        "kills": met,
+        "batch_sizes": [trial.batch_size, other.batch_size],
+        "identical": not different and bool(wanted),
+        "different": different[:10],
+        "whole": figures,
+    }
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """File name -> SHA-256 of a set, without its manifest, which has times in it."""
+    return {
+        path.relative_to(folder).as_posix(): file_sha256(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+
+
+def memory(trial: Trial, out: Path, marks: Sequence[int] = MARKS) -> dict[str, Any]:
+    """Draw a set and read the process's resident memory as images add up.
+
+    Returns:
+        JSON data: the run's figures, and `rss_mib` {number of images: MiB}.
+    """
+    shutil.rmtree(out, ignore_errors=True)
+    child, found = trial.start(out), {}
+    for mark in marks:
+        while child.poll() is None and drawn(out) < mark:
+            time.sleep(_POLL_S)
+        if child.poll() is None:
+            found[mark] = round(resident_bytes(child.pid) / 2**20, 1)
+    return {**_figures(child), "rss_mib": found}
+
+
+def drawn(out: Path) -> int:
+    """Images that are there of a set which is being drawn."""
+    return sum(1 for _ in out.with_name(f".{out.name}.partial").glob("*/[0-9]*.png"))
+
+
+def _kill(trial: Trial, out: Path, moment: int, after: float) -> bool:
+    """Start a run and kill it some time after so many images are there; whether it was still at work then."""
+    child = trial.start(out)
+    while child.poll() is None and drawn(out) < moment:
+        time.sleep(_POLL_S)
+    time.sleep(after)
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    return child.returncode == -signal.SIGKILL
+
+
+def _figures(child: subprocess.Popen[str]) -> dict[str, Any]:
+    text, _ = child.communicate()
+    if child.returncode:
+        raise EngineError(f"the drawing process ended with {child.returncode}; run it alone with --here")
+    figures: dict[str, Any] = json.loads(text)
+    return figures
+
+
+@click.command(cls=OneLineErrors)
+@click.argument("engines", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--style", type=click.Path(path_type=Path), help="Style tokens.")
+@click.option("--classes", default="0,1,2,3,4,5,6,7,8,9", show_default=True)
+@click.option("--per-class", default=200, show_default=True)
+@click.option("--steps", default=15, show_default=True)
+@click.option("--batch-size", default=100, show_default=True)
+@click.option("--kills", "count", default=20, show_default=True, help="0 leaves this trial out.")
+@click.option("--seed", default=0, show_default=True, help="Of the moments of the kills.")
+@click.option(
+    "--memory", "per_class_memory", default=0, help="Images per class of the memory trial; 0: none."
+)
+@click.option("--here", is_flag=True, help="Only draw the set, in this process.")
+def main(
+    engines: Path,
+    out: Path,
+    style: Path | None,
+    classes: str,
+    per_class: int,
+    steps: int,
+    batch_size: int,
+    count: int,
+    seed: int,
+    per_class_memory: int,
+    here: bool,
+) -> None:
+    """Try `generate` at volume and print one JSON object; ends with 1 where killed runs drew another set."""
+    trial = Trial(engines, style, tuple(classes.split(",")), per_class, steps, batch_size)
+    if here:
+        click.echo(json.dumps(trial.here(out)))
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Any] = {"threads": usable_threads(), "steps": steps}
+    if count:
+        found["killed"] = kills(trial, out, count, seed)
+    if per_class_memory:
+        found["memory"] = memory(replace(trial, per_class=per_class_memory), out / "memory")
+    click.echo(json.dumps(found, indent=1))
+    raise SystemExit(0 if found.get("killed", {"identical": True})["identical"] else 1)
+
+
+if __name__ == "__main__":
+    main()

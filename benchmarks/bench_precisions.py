@@ -1,0 +1,132 @@
+"""Benchmark of what each precision of a student costs, `python -m benchmarks.bench_precisions`
+
+    a few photos per class ──pretrained student, logistic regression as its head──► student
+    student ──`synthkit export`, int8 for the CPU and for TensorRT──► top-1 of torch and of each file
+
+The photos come from DATA/train. The images of DATA/test measure, and choose nothing: --default-precision int8
+only asks `export` whether it would refuse int8 for its fall of top-1.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from benchmarks.bench_head import regress
+from synthkit.artifacts import StageResult, versions, write_json
+from synthkit.data.images import ImageSet
+from synthkit.data.splits import k_shot
+from synthkit.one_line import OneLineErrors
+from synthkit.recipes.exporting.export import Images, run_export
+from synthkit.recipes.settings import ExportSettings
+
+Form = Literal["cpu", "tensorrt"]
+_FORMS: tuple[Form, ...] = ("cpu", "tensorrt")
+_WORST = 5  # rows of the drift table that are kept
+
+
+def make_student(weights: Path, photos: ImageSet, image_size: int, folder: Path) -> None:
+    """A pretrained student with a logistic regression as its head, as a timm folder."""
+    from synthkit.learning.students import new_student
+
+    name = json.loads((weights / "config.json").read_text(encoding="utf-8"))["architecture"]
+    student = new_student(name, photos.classes, weights=weights, image_size=image_size)
+    student.model.eval()
+    regress(student, photos)
+    student.save(folder)
+
+
+def measure_forms(
+    student: Path, photos: ImageSet, test: ImageSet, forms: Sequence[Form], out: Path
+) -> list[dict[str, Any]]:
+    """One row per int8 form of a student: what `synthkit export` measured."""
+    found = []
+    for form in forms:
+        settings = ExportSettings(precision="fp32,fp16,int8", default_precision="int8", int8_target=form)
+        result = run_export(student, out / f"bundle-{form}", photos, False, settings, Images(test=test))
+        found.append({"int8_form": form, **row_of(result)})
+    return found
+
+
+def row_of(export: StageResult) -> dict[str, Any]:
+    """The figures of an export that measured its precisions on test images."""
+    metrics, rows = export.manifest.metrics, export.manifest.metrics["precisions"]
+    accuracy = {name: row["accuracy"] for name, row in rows.items()}
+    int8 = {**metrics["int8"], "drift": metrics["int8"]["drift"][:_WORST]}
+    return {
+        "n_test": accuracy["fp32"]["n_test"],
+        "top1": {"torch": accuracy["fp32"]["torch_top1"]}
+        | {name: one["top1"] for name, one in accuracy.items()},
+        "agreement_with_torch": {name: one["agreement_with_torch"] for name, one in accuracy.items()},
+        "latency_ms": {name: row["latency_ms"] for name, row in rows.items()},
+        "bytes": {name: row["bytes"] for name, row in rows.items()},
+        "int8": int8,
+        "refused": metrics["refused_default"],
+        "seconds": export.manifest.seconds,
+    }
+
+
+def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as a Markdown table; agreement is with torch, per 100 test images."""
+    lines = [
+        "| set | student | test images | torch | fp32 | fp16 | int8 for | int8 | agree: fp32, fp16, int8 "
+        "| layers in float | int8 |",
+        "|---|---|---:|---:|---:|---:|---|---:|---|---:|---|",
+    ]
+    return "\n".join([*lines, *(_line(row) for row in rows)])
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    agree = ", ".join(f"{100 * share:.1f}" for share in row["agreement_with_torch"].values())
+    torch, fp32, fp16, int8 = (f"{share:.3f}" for share in row["top1"].values())
+    cells = [row["set"], row["student"], row["n_test"], torch, fp32, fp16, row["int8_form"], int8, agree]
+    cells += [len(row["int8"]["kept_float"]), "refused" if row["refused"] else "offered"]
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+@click.command(cls=OneLineErrors)
+@click.option(
+    "--data", type=click.Path(path_type=Path), required=True, multiple=True, help="Holds train/ and test/."
+)
+@click.option(
+    "--weights",
+    type=click.Path(path_type=Path),
+    required=True,
+    multiple=True,
+    help="A student's timm folder.",
+)
+@click.option("--shots", default=16, show_default=True, help="Photos per class.")
+@click.option("--image-size", default=160, show_default=True, help="Side of the student's input, pixels.")
+@click.option("--seed", default=0, show_default=True, help="Of the draw of photos.")
+@click.option("--form", type=click.Choice(_FORMS), multiple=True, default=_FORMS, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for bundles and result.")
+def main(
+    data: Sequence[Path],
+    weights: Sequence[Path],
+    shots: int,
+    image_size: int,
+    seed: int,
+    form: Sequence[Form],
+    out: Path,
+) -> None:
+    """Compare torch, fp32, fp16 and int8 on test images; writes OUT/precisions.json and prints a table."""
+    rows: list[dict[str, Any]] = []
+    settings = {"shots": shots, "image_size": image_size, "seed": seed}
+    for folder in data:
+        train, test = ImageSet.scan(folder / "train"), ImageSet.scan(folder / "test")
+        photos = train.subset(k_shot(train, shots, seed))
+        for one in weights:
+            place = out / f"{folder.name}-{one.name}"
+            make_student(one, photos, image_size, place / "student")
+            names = {"set": folder.name, "student": one.name, "photos": len(photos)}
+            rows += [names | row for row in measure_forms(place / "student", photos, test, form, place)]
+            write_json(out / "precisions.json", {"settings": settings, "versions": versions(), "rows": rows})
+    click.echo(as_text(rows))
+
+
+if __name__ == "__main__":
+    main()

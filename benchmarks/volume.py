@@ -1,0 +1,141 @@
+"""How many synthetic images per class are worth drawing: top-1 of a student over the size of its set.
+
+    photos ──chain──► style ──largest set once──► its first n of each class ──same steps──► student ──► top-1
+
+python -m benchmarks.volume ./w --real-dir ./pool --test-dir ./test --shots 4
+
+Image i of a class does not depend on how many are drawn, so that the smaller sets lie within the larger
+ones. Every student gets as many gradient steps, up to a part of an epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from synthkit.artifacts import versions, write_json
+from synthkit.data.images import ImageSet
+from synthkit.data.splits import check_disjoint, k_shot
+from synthkit.metrics import classification as metrics
+from synthkit.one_line import OneLineErrors
+from synthkit.recipes.chain import ChainSettings
+from synthkit.recipes.generation.generate import generate
+from synthkit.recipes.learn_style import TOKEN_FILE
+from synthkit.recipes.studies.compare import Cell, cell_draw
+from synthkit.recipes.studies.methods import Draw, answers
+from synthkit.recipes.train import Material, synthetic_steps, train
+
+_LARGEST_EPOCHS = 3  # over the largest set; smaller ones are seen more often
+
+
+def first_of_each(images: ImageSet, count: int) -> ImageSet:
+    """The images that `generate` draws first of every class, in the order of their names."""
+    names = np.array([item.path.name for item in images.items])
+    members = [np.flatnonzero(images.labels == label) for label in range(len(images.classes))]
+    return images.subset(np.concatenate([one[np.argsort(names[one])[:count]] for one in members]))
+
+
+def top1_over_volume(draw: Draw, test: ImageSet, volumes: Sequence[int]) -> dict[int, float]:
+    """Images per class -> top-1 on the test images of the student that saw so many.
+
+    Args:
+        draw: the photos, whose style the images have.
+        test: real test images of the same classes.
+        volumes: images per class.
+    """
+    largest = replace(draw.settings.generate, per_class=max(volumes))
+    folder, token = draw.place.root / "volume", draw.stage("learn-style").out / TOKEN_FILE
+    drawn = generate(largest, draw.place.engines, draw.synonyms, token, folder / "synthetic")
+    everything = ImageSet.scan(drawn.out)
+    steps = synthetic_steps(replace(draw.settings.train, epochs=_LARGEST_EPOCHS), Material(everything, None))
+    found = {}
+    for volume in volumes:
+        material = Material(first_of_each(everything, volume), None)
+        epoch = synthetic_steps(replace(draw.settings.train, epochs=1), material)
+        settings = replace(draw.settings.train, epochs=round(steps / epoch))
+        student = train(settings, material, folder / f"student-{volume}").out
+        found[volume] = metrics.top1(answers(student, test), test.labels)
+    return found
+
+
+def rows(draws: Sequence[dict[int, float]]) -> list[dict[str, Any]]:
+    """A row per volume: per_class, top1_mean, top1_std (of a sample; 0 for one draw), seeds."""
+    return [
+        {
+            "per_class": volume,
+            **metrics.over_draws("top1", of_draws),
+            "seeds": len(of_draws),
+        }
+        for volume in draws[0]
+        for of_draws in [[one[volume] for one in draws]]
+    ]
+
+
+def markdown(table: Sequence[dict[str, Any]]) -> str:
+    """The table as Markdown."""
+    lines = ["| images per class | top-1 |", "|---:|---:|"]
+    lines += [f"| {row['per_class']} | {row['top1_mean']:.3f} ± {row['top1_std']:.3f} |" for row in table]
+    return "\n".join(lines)
+
+
+def plot(table: Sequence[dict[str, Any]], path: Path) -> None:
+    """Top-1 over images per class, with the standard deviation over the draws as error bars."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    volumes, means, deviations = (
+        [row[key] for row in table] for key in ("per_class", "top1_mean", "top1_std")
+    )
+    axes.errorbar(volumes, means, deviations, marker="o", capsize=3)
+    axes.set_xscale("log")
+    axes.set_xticks(volumes, [str(volume) for volume in volumes], minor=False)
+    axes.minorticks_off()
+    axes.set(xlabel="synthetic images per class", ylabel="top-1 on real test images")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=100)
+
+
+@click.command(cls=OneLineErrors, help=__doc__)
+@click.argument("workspace", type=click.Path(path_type=Path))
+@click.option("--real-dir", type=click.Path(path_type=Path), required=True, help="Photos to draw from.")
+@click.option("--test-dir", type=click.Path(path_type=Path), required=True, help="Real test images.")
+@click.option("--shots", type=click.IntRange(1), default=4, show_default=True, help="Photos per class.")
+@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Draws of photos.")
+@click.option(
+    "--volume",
+    "volumes",
+    type=click.IntRange(1),
+    multiple=True,
+    default=(50, 100, 250, 500, 1000),
+    show_default=True,
+    help="Synthetic images per class; once for each volume.",
+)
+def main(
+    workspace: Path, real_dir: Path, test_dir: Path, shots: int, seeds: int, volumes: tuple[int, ...]
+) -> None:
+    """Measure, print the table, write volume.json and volume.png into the workspace."""
+    settings = ChainSettings()
+    pool = ImageSet.scan(real_dir)
+    test = ImageSet.scan(test_dir).with_classes(pool.classes)
+    check_disjoint(pool, test, (str(real_dir), str(test_dir)))
+    draws: list[dict[int, float]] = []
+    for seed in range(seeds):
+        photos = pool.subset(k_shot(pool, shots, seed))
+        draw = cell_draw(settings, workspace, photos, Cell(shots, seed))
+        draws.append(top1_over_volume(draw, test, volumes))
+        table = rows(draws)
+        result = {"rows": table, "draws": draws, "shots": shots, "n_test": len(test)}
+        described = {**result, "settings": asdict(settings), "versions": versions()}
+        write_json(workspace / "volume.json", described)  # after every draw: the next one takes minutes
+        plot(table, workspace / "volume.png")
+    click.echo(markdown(rows(draws)))
+
+
+if __name__ == "__main__":
+    main()

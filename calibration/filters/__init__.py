@@ -1,0 +1,1 @@
+"""Which synthetic images are fit to learn from."""

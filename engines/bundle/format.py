@@ -1,0 +1,400 @@
+"""The bundle: a classifier as a folder that runs without synthkit, and the checks that it is whole.
+
+    model.onnx        uint8 [batch, height, width, 3] -> logits float32, one file
+    model.fp16.onnx   the same in half precision, and model.int8.onnx in 8 bits, where they were asked for
+    labels.txt        class names, one per line, in the order of the logits
+    preprocess.json   how an image becomes the input, in the words of timm's data config
+    bundle.json       schema, every other file's hash, specs, lineage; opset, head, parity, cost per precision
+    memory.npz        features of the photos it was trained on, for refitting its last layer on the device
+    confidence.json   below which probability an answer is "unknown", where that was asked for
+    golden.npz        a few inputs, the torch student's logits, and those of each smaller precision
+    predict.py        `synthkit/standalone.py`: NumPy, Pillow and onnxruntime alone
+    build_engine.sh   the trtexec line per TensorRT generation
+    target/           the files that another system expects, where one was asked for
+
+A bundle that fails a check is refused, not used. This module runs on the device: it never imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+
+import synthkit
+from synthkit import standalone
+from synthkit.artifacts import MANIFEST, digest, list_outputs, write_bytes, write_json
+from synthkit.data.images import Preprocessing
+from synthkit.engines.bundle.build_script import write_build_script
+from synthkit.engines.bundle.replay_buffer import memory_failures
+from synthkit.engines.runtime.onnx_header import read_metadata, read_opset
+from synthkit.engines.runtime.session import Session, open_session
+from synthkit.engines.runtime.tensor_spec import TensorSpec, spec_from_json
+from synthkit.errors import BadImages, BundleError, EngineError
+
+SCHEMA = 2
+FACTS = "bundle.json"
+FP32, FP16, INT8 = "fp32", "fp16", "int8"
+FILES = {FP32: "model.onnx", FP16: "model.fp16.onnx", INT8: "model.int8.onnx"}
+MODEL = FILES[FP32]
+INPUT, OUTPUT = "image", "logits"
+
+_GOLDEN_AT_MOST = 8
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far golden outputs may differ on another processor.
+
+    Attributes:
+        relative: largest error of a logit, as a part of the largest absolute golden logit.
+        reason: why it is this much.
+    """
+
+    relative: float
+    reason: str
+
+
+TOLERANCES = {
+    FP32: Tolerance(
+        1e-3,
+        "another order of sums and fused multiply-add change about 1e-6 of the largest logit; "
+        "a wrong weight, label order or normalisation changes 1e-2 and more",
+    ),
+    FP16: Tolerance(
+        2e-2,
+        "processors without half-precision arithmetic compute between two layers in fp32, others in fp16, "
+        "whose sums carry 11 bits",
+    ),
+    INT8: Tolerance(
+        0.1,
+        "integer sums are exact, but a value on the edge between two of 256 steps may round either way, and "
+        "a runtime that cannot fuse a layer computes it in fp32",
+    ),
+}
+_MADE_BY_USE = (".plan", ".engine", ".pyc")  # of build_engine.sh, and of importing predict.py
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is known of the model of one precision.
+
+    Attributes:
+        opset: ONNX opset of the graph.
+        exporter: what wrote it.
+        head: names of the last linear layer's "input", "weight" and "bias" tensors; None where there is none.
+        parity: how near it comes to the torch student.
+        accuracy: what was measured on a test set, if anything.
+        latency_ms: median time of one image on the machine that exported it, in milliseconds.
+        target: which processors an int8 model was made for: "cpu" or "tensorrt".
+    """
+
+    opset: int
+    exporter: str
+    head: Mapping[str, str] | None
+    parity: Mapping[str, Any]
+    accuracy: Mapping[str, Any] | None = None
+    latency_ms: float | None = None
+    target: str | None = None
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle.
+
+    Attributes:
+        folder: where it lies.
+        labels: class names in the order of the logits.
+        preprocessing: how an image becomes its input.
+        facts: the content of bundle.json.
+        precision: which of the bundle's models is loaded.
+        session: the loaded model.
+    """
+
+    folder: Path
+    labels: tuple[str, ...]
+    preprocessing: Preprocessing
+    facts: Mapping[str, Any]
+    precision: str
+    session: Session
+
+    @classmethod
+    def open(cls, folder: Path, precision: str | None = None) -> Bundle:
+        """Check a bundle and load one of its models.
+
+        Args:
+            folder: the bundle.
+            precision: "fp32", "fp16" or "int8"; None takes the bundle's default.
+
+        Raises:
+            BundleError: names what is missing, altered or wrong, or the bundle holds no such precision.
+            MissingExtra: onnxruntime is not installed.
+        """
+        facts = read_facts(folder)
+        chosen = precision or facts["default_precision"]
+        if chosen not in facts["precisions"]:
+            raise BundleError(
+                f"{folder} holds no {chosen} model, but {', '.join(facts['precisions'])}; "
+                f"make one with `synthkit export --precision {chosen}`"
+            )
+        failures = _file_failures(folder, facts)
+        if not failures:
+            bundle = _load(folder, facts, chosen)
+            failures = _model_failures(bundle)
+        if failures:
+            raise BundleError(f"{folder} cannot be used: {'; '.join(failures)}; export or copy it again")
+        return bundle
+
+    def logits(self, inputs: np.ndarray) -> np.ndarray:
+        """Logits, float32 [N, classes].
+
+        Args:
+            inputs: uint8 [N, height, width, 3], at least one.
+        """
+        return standalone.in_batches(lambda batch: self.session.run({INPUT: batch})[OUTPUT], inputs)
+
+    def classify(self, paths: Sequence[Path], top: int = 1) -> list[dict[str, Any]]:
+        """Path, label, score and the most likely labels of every image file.
+
+        Raises:
+            BadImages: names every file that cannot be read.
+        """
+        inputs, failures = standalone.read_inputs(paths, self.preprocessing.to_json())
+        if failures:
+            raise BadImages(failures)
+        rows = zip(paths, self.logits(inputs), strict=True)
+        return [standalone.prediction(path, logits, self.labels, top) for path, logits in rows]
+
+
+@dataclass(frozen=True)
+class Golden:
+    """What a bundle's models gave when they were made.
+
+    Attributes:
+        inputs: uint8 [N, height, width, 3]; a few of them are kept.
+        logits: the torch student's, float32 [N, classes].
+        own: precision -> that model's own logits, of every precision that rounds more than fp32.
+    """
+
+    inputs: np.ndarray
+    logits: np.ndarray
+    own: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+def write_bundle(
+    folder: Path,
+    *,
+    labels: Sequence[str],
+    preprocessing: Preprocessing,
+    models: Mapping[str, ModelFacts],
+    golden: Golden,
+    lineage: Mapping[str, Any],
+    default_precision: str = FP32,
+) -> None:
+    """Complete a folder that already holds a model file for each precision.
+
+    Args:
+        folder: where to write.
+        labels: class names in the order of the logits.
+        preprocessing: how an image becomes the model's input.
+        models: precision -> what is known of its model.
+        golden: inputs and what the models gave for them.
+        lineage: how the student came about; "trained_on" lists the SHA-256 of every real photo.
+        default_precision: which model runs when none is named.
+    """
+    _, height, width = preprocessing.input_size
+    write_bytes(folder / "labels.txt", "".join(f"{label}\n" for label in labels).encode())
+    write_json(folder / "preprocess.json", preprocessing.to_json())
+    write_bytes(folder / "predict.py", Path(standalone.__file__).read_bytes())
+    write_build_script(folder / "build_engine.sh", (height, width))
+    write_golden(folder, golden)
+    facts = {
+        "schema": SCHEMA,
+        "synthkit": synthkit.__version__,
+        "version": 1,
+        "default_precision": default_precision,
+        "input": TensorSpec(INPUT, "uint8", ("batch", height, width, 3)).to_json(),
+        "output": TensorSpec(OUTPUT, "float32", ("batch", len(labels))).to_json(),
+        "precisions": {
+            name: {"file": FILES[name], **asdict(model), "golden_tolerance": asdict(TOLERANCES[name])}
+            for name, model in models.items()
+        },
+        "lineage": lineage,
+        "confidence": None,
+    }
+    seal(folder, facts)
+
+
+def write_golden(folder: Path, golden: Golden) -> None:
+    """Write golden.npz, with evenly chosen examples of those given."""
+    kept = np.linspace(0, len(golden.inputs) - 1, min(_GOLDEN_AT_MOST, len(golden.inputs))).astype(int)
+    logits = {"logits": golden.logits, **{_golden_key(name): own for name, own in golden.own.items()}}
+    arrays = {name: values[kept].astype(np.float32) for name, values in logits.items()}
+    with (folder / "golden.npz").open("wb") as stream:
+        np.savez_compressed(stream, inputs=golden.inputs[kept], **arrays)
+
+
+def seal(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Write bundle.json: the facts, the hash of every file that the folder now holds, and their own digest.
+
+    Args:
+        folder: holds everything else.
+        facts: the content, as `read_facts` gives it; "files" and "digest" are made anew.
+    """
+    files = {name: entry for name, entry in list_outputs(folder).items() if not _is_no_part(name)}
+    stated = json.loads(json.dumps({**facts, "files": files}, default=str))  # what a reader will read
+    stated.pop("digest", None)
+    write_json(folder / FACTS, {**stated, "digest": digest(stated)})
+
+
+def verify(folder: Path) -> list[str]:
+    """What is wrong with a bundle, in one phrase each; empty when it is whole and computes what it should.
+
+    Raises:
+        MissingExtra: onnxruntime is not installed.
+    """
+    try:
+        facts = read_facts(folder)
+        return _file_failures(folder, facts) or [
+            *_confidence_failures(folder),
+            *memory_failures(folder, facts["precisions"], int(facts["output"]["shape"][1])),
+            *(
+                failure
+                for name in facts["precisions"]
+                for failure in _precision_failures(folder, facts, name)
+            ),
+        ]
+    except BundleError as error:
+        return [str(error)]
+
+
+def _confidence_failures(folder: Path) -> list[str]:
+    try:
+        limits = standalone.read_confidence(folder)
+        sound = all(0 <= (limits.get(name) or 0) <= 1 for name in ("threshold", "set_minimum"))
+    except (ValueError, TypeError):
+        sound = False
+    return [] if sound else [f"{standalone.CONFIDENCE} holds no probabilities"]
+
+
+def _precision_failures(folder: Path, facts: Mapping[str, Any], precision: str) -> list[str]:
+    try:
+        return _model_failures(_load(folder, facts, precision))
+    except BundleError as error:
+        return [str(error)]
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """The content of bundle.json, without its digest.
+
+    Raises:
+        BundleError: it is missing, altered, of another schema or no bundle's JSON.
+    """
+    path = folder / FACTS
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        stated = facts.pop("digest", None)
+        schema = facts.get("schema")
+    except (FileNotFoundError, NotADirectoryError):
+        raise BundleError(f"no bundle: {path} is missing; make one with `synthkit adapt`") from None
+    except (ValueError, TypeError, AttributeError):
+        raise BundleError(f"{path} is not a bundle's JSON; export or copy the bundle again") from None
+    if schema != SCHEMA:
+        raise BundleError(
+            f"{path} has schema {schema!r}, this synthkit reads {SCHEMA}; "
+            "use the synthkit that wrote it, or export again"
+        )
+    if stated != digest(facts):
+        raise BundleError(f"{path} was altered; export or copy the bundle again")
+    return dict(facts)
+
+
+def _is_no_part(name: str) -> bool:
+    return name in (FACTS, MANIFEST) or name.endswith(_MADE_BY_USE)
+
+
+def _file_failures(folder: Path, facts: Mapping[str, Any]) -> list[str]:
+    stated = facts["files"]
+    present = {name: entry for name, entry in list_outputs(folder).items() if not _is_no_part(name)}
+    return [
+        f"{name} is missing" if name not in present else f"{name} was altered"
+        for name in stated
+        if stated[name] != present.get(name)
+    ] + [f"{name} does not belong to it" for name in present if name not in stated]
+
+
+def _load(folder: Path, facts: Mapping[str, Any], precision: str) -> Bundle:
+    labels = tuple(standalone.read_labels(folder))
+    try:
+        preprocessing = Preprocessing.from_timm(json.loads((folder / "preprocess.json").read_text("utf-8")))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise BundleError(f"preprocess.json is not usable: {error!r}") from None
+    stated = facts["precisions"][precision]
+    path = folder / stated["file"]
+    try:
+        session = open_session(path, exact_int8=stated["target"] == "tensorrt")
+    except EngineError as error:
+        raise BundleError(f"{path} cannot be loaded: {error}") from None
+    return Bundle(folder, labels, preprocessing, facts, precision, session)
+
+
+def _model_failures(bundle: Bundle) -> list[str]:
+    file = bundle.facts["precisions"][bundle.precision]["file"]
+    takes, gives = (spec_from_json(bundle.facts[side]) for side in ("input", "output"))
+    session = bundle.session
+    if (session.inputs, session.outputs) != ((takes,), (gives,)):
+        return [
+            f"{file} has {_words(*session.inputs)} -> {_words(*session.outputs)}, "
+            f"{FACTS} states {_words(takes)} -> {_words(gives)}"
+        ]
+    if len(bundle.labels) != gives.shape[1]:
+        return [f"labels.txt holds {len(bundle.labels)} names, {file} has {gives.shape[1]} logits"]
+    return _opset_failures(bundle) + _metadata_failures(bundle) + _golden_failures(bundle)
+
+
+def _opset_failures(bundle: Bundle) -> list[str]:
+    stated = bundle.facts["precisions"][bundle.precision]
+    found = read_opset(bundle.folder / stated["file"])
+    agree = found == stated["opset"]
+    return [] if agree else [f"{stated['file']} has opset {found}, {FACTS} states {stated['opset']}"]
+
+
+def _metadata_failures(bundle: Bundle) -> list[str]:
+    """The same facts stand in the model, for tools that read nothing else of the bundle."""
+    file = bundle.facts["precisions"][bundle.precision]["file"]
+    texts = read_metadata(bundle.folder / file)
+    names, preprocessing = (json.loads(texts.get(key, "null")) for key in ("names", "preprocess"))
+    stated = json.loads((bundle.folder / "preprocess.json").read_text("utf-8"))
+    failures = []
+    if names is not None and list(names.values()) != list(bundle.labels):
+        failures.append(f"labels.txt names other classes than the metadata of {file}")
+    if preprocessing is not None and preprocessing != stated:
+        failures.append(f"preprocess.json differs from the metadata of {file}")
+    return failures
+
+
+def _golden_failures(bundle: Bundle) -> list[str]:
+    stated = bundle.facts["precisions"][bundle.precision]
+    try:
+        with np.load(bundle.folder / "golden.npz") as golden:
+            expected, inputs = golden[_golden_key(bundle.precision)], golden["inputs"]
+    except (ValueError, OSError, KeyError, BadZipFile):
+        return [f"golden.npz holds no readable inputs and outputs for {stated['file']}"]
+    allowed = stated["golden_tolerance"]["relative"] * np.abs(expected).max()
+    error = np.abs(bundle.logits(inputs) - expected).max()
+    if error <= allowed:  # false for NaN too
+        return []
+    return [f"{stated['file']} differs from golden.npz by {error:.2g}, allowed are {allowed:.2g}"]
+
+
+def _golden_key(precision: str) -> str:
+    return OUTPUT if precision == FP32 else f"{OUTPUT}_{precision}"
+
+
+def _words(*specs: TensorSpec) -> str:
+    return ", ".join(f"{spec.name} {spec.dtype} {list(spec.shape)}" for spec in specs)

@@ -1,0 +1,1 @@
+"""The diffusion model as engines: export, parity, build, the sampling loop."""

@@ -1,0 +1,1 @@
+"""From a student and real photos to the adapted student."""

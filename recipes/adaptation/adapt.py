@@ -1,0 +1,150 @@
+"""`adapt`: the student meets the site. Its last layers learn the real photos, by the path that suits them.
+
+    student/synthetic/ ──┬─ unchanged ───────────────────────────────┐
+                         ├─ last 1, 2 or 4 units, head as --head has ┼─ cross-validated on photos ─► adapted/
+    student/ ────────────┴─ full: all layers, new head (bridged++) ──┘
+
+Hennicke et al. 2024 (arXiv 2405.03243) find the synthetic-to-real drop in the last layers, Li et al. 2024
+(arXiv 2403.19866) retrain all of them; which of the two wins depends on the site, so the photos decide.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from synthkit.artifacts import SYNTHETIC, Request, StageResult, fingerprint, read_manifest, run_stage
+from synthkit.data.images import ImageSet
+from synthkit.errors import DataError, ModelError
+from synthkit.learning.curves import CURVES
+from synthkit.recipes.adaptation.selection import Choice, choose_path
+from synthkit.recipes.adaptation.strategies import FULL, Site, Start, candidates, course, follow
+from synthkit.recipes.procedures import BRIDGED
+from synthkit.recipes.settings import AdaptSettings, TrainSettings
+from synthkit.recipes.train import (
+    Material,
+    key_settings,
+    untrained_student,
+    weights_fingerprint,
+)
+
+if TYPE_CHECKING:
+    from synthkit.learning.students import Student
+
+log = logging.getLogger(__name__)
+
+
+def adapt_request(
+    settings: AdaptSettings, training: TrainSettings, student_dir: Path | None, photos: ImageSet, out: Path
+) -> Request:
+    """What `adapt` would make.
+
+    Raises:
+        ConfigError: `--path` names no path, or contradicts `--layers`.
+        ModelError: there is no student's folder.
+    """
+    candidates(settings, knows_classes=student_dir is not None)
+    if student_dir and not student_dir.is_dir():
+        raise ModelError(f"no student in {student_dir}; give a timm folder, or run `synthkit train` first")
+    inputs = {"photos": photos.digest}
+    if student_dir:
+        inputs["student"] = fingerprint(student_dir)
+    elif training.weights:
+        inputs["weights"] = weights_fingerprint(Path(training.weights))
+    asked = {name: value for name, value in asdict(settings).items() if (name, value) != ("head", "auto")}
+    config = {"adapt": asked, "train": {**training.keyed(), "weights": bool(training.weights)}}
+    return Request(stage="adapt", out=out, inputs=inputs, config=config)
+
+
+def adapt(
+    settings: AdaptSettings,
+    training: TrainSettings,
+    student_dir: Path | None,
+    photos: ImageSet,
+    out: Path,
+    force: bool = False,
+) -> StageResult:
+    """Make the adapted student's folder, or find it made.
+
+    Args:
+        settings: the stage's settings.
+        training: how all layers are trained, and which student is taken where no folder is given.
+        student_dir: what `train` wrote, or another timm folder; None: start from pretrained weights.
+        photos: the real few shots.
+        out: the folder to write.
+        force: adapt again even when nothing changed.
+
+    Returns:
+        The stage; its metrics are the path, the reason and every path's verdict.
+    """
+
+    def produce(work: Path) -> dict[str, Any]:
+        from synthkit.learning.fit import Examples
+
+        start = _start(student_dir, training, photos)
+        distinct = photos.distinct().with_classes(start.student.classes)
+        examples = Examples(distinct, start.student.preprocessing)
+        site = Site(start, examples, settings, training)
+        choice = choose_path(site)
+        log.info("adapt: %s, %s", choice.path.name, choice.reason)
+        _student(site, choice, work / CURVES).save(work)
+        scores = [verdict.figures() for verdict in choice.verdicts]
+        metrics = {"path": choice.path.name, "steps": site.steps(choice.path), "reason": choice.reason}
+        return {**metrics, "cross_validation": scores}
+
+    return run_stage(adapt_request(settings, training, student_dir, photos, out), produce, force=force)
+
+
+def _start(student_dir: Path | None, training: TrainSettings, photos: ImageSet) -> Start:
+    from synthkit.learning.students import has_learned, load_student
+
+    if student_dir is None:
+        return Start(untrained_student(training, Material(None, photos)), False, None)
+    synthetic = student_dir / SYNTHETIC
+    student = load_student(synthetic if synthetic.is_dir() else student_dir)
+    if set(student.classes) != set(photos.classes):
+        raise DataError(
+            f"the student in {student_dir} knows the classes {', '.join(student.classes)}, the photos show "
+            f"{', '.join(photos.classes)}; train a student on these classes"
+        )
+    learned = has_learned(student_dir, photos)
+    if learned and synthetic.is_dir():
+        return Start(student, True, _as_full(student_dir, training))
+    if learned:
+        log.warning(
+            "adapt: %s has learned these very photos, so cross-validation favours leaving it unchanged; "
+            "name the path with --layers, or adapt the student of --procedure synthetic",
+            student_dir,
+        )
+    return Start(student, True, None)
+
+
+def _as_full(student_dir: Path, training: TrainSettings) -> Student | None:
+    """The student that learned these photos, if `train` made it just as the path over all layers would."""
+    from synthkit.learning.students import load_student
+
+    manifest = read_manifest(student_dir)
+    same = manifest is not None and manifest.config == key_settings(training)
+    return load_student(student_dir) if same and training.procedure == BRIDGED else None
+
+
+def _student(site: Site, choice: Choice, curves: Path) -> Student:
+    """The student at the end of the path."""
+    if choice.path is FULL and site.start.full and site.settings.head in ("auto", "new"):
+        return site.start.full
+    begun = course(choice.path, site)
+    follow(choice.path, site, begun, curves=curves)
+    return begun.whole
+
+
+def describe(verdicts: Sequence[dict[str, Any]]) -> str:
+    """The cross-validation as a short table for a person."""
+    most = max((one["photos"] for one in verdicts), default=0)
+    return "\n".join(
+        f"  {one['path']:<10} {one['top1']:.0%} of held-out photos"
+        + f", given up after {one['photos']} of {most}" * (one["photos"] < most)
+        for one in verdicts
+    )

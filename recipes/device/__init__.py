@@ -1,0 +1,1 @@
+"""A bundle in use: update, evaluation, benchmark; torch is not needed."""

@@ -1,0 +1,1 @@
+"""What a synthetic set lacks, where the gap sits, and a page of everything."""

@@ -1,0 +1,273 @@
+"""A trained student becomes a verified bundle: ONNX of proven parity, golden outputs, facts, a predictor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+import synthkit
+from synthkit.artifacts import Request, StageResult, fingerprint, run_stage
+from synthkit.data.images import ImageSet, Preprocessing
+from synthkit.data.splits import check_disjoint
+from synthkit.engines.bundle import format as bundle
+from synthkit.errors import BundleError, ModelError
+from synthkit.recipes.device.device_write import remember
+from synthkit.recipes.exporting.precisions import (
+    TestSet,
+    chosen_precisions,
+    make_precisions,
+    measure,
+    settle_default,
+)
+from synthkit.recipes.settings import ExportSettings
+
+_NOISE_IMAGES = 8
+_SEEN_AT_MOST = 256  # of the photos and of the synthetic images: enough for ranges and for what is held out
+
+
+class ExportableStudent(Protocol):
+    """What a bundle needs of a student."""
+
+    @property
+    def model(self) -> Any:
+        """Torch module that gives logits from normalised float NCHW images."""
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How an image becomes its input."""
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """Class names in the order of the logits."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images that an export may look at.
+
+    Attributes:
+        photos: what the student was trained on; they prove parity, become the golden inputs, give int8 its
+            ranges and are refused as test images. Without them, noise proves parity.
+        synthetic: synthetic images; they give int8 its ranges as well.
+        test: measures every precision.
+    """
+
+    photos: ImageSet | None = None
+    synthetic: ImageSet | None = None
+    test: ImageSet | None = None
+
+    def given(self) -> dict[str, ImageSet]:
+        """Name -> image set, of those that were given."""
+        sets = {"photos": self.photos, "synthetic": self.synthetic, "test": self.test}
+        return {name: images for name, images in sets.items() if images is not None}
+
+
+def export_request(
+    student_dir: Path,
+    out: Path,
+    photos: ImageSet | None,
+    settings: ExportSettings | None = None,
+    others: Images | None = None,
+) -> Request:
+    """What `run_export` is asked for; its key says whether the bundle is up to date.
+
+    Raises:
+        ModelError: there is no student's folder.
+        ConfigError: a setting contradicts another.
+    """
+    settings = settings or ExportSettings()
+    if not student_dir.is_dir():
+        raise ModelError(f"no student in {student_dir}; give a timm folder, or run `synthkit train` first")
+    chosen_precisions(settings.precision)
+    images = replace(others or Images(), photos=photos)
+    inputs = {
+        "student": fingerprint(student_dir),
+        **{name: one.digest for name, one in images.given().items()},
+    }
+    return Request("export", out, inputs, {"bundle_schema": bundle.SCHEMA, "export": asdict(settings)})
+
+
+def run_export(
+    student_dir: Path,
+    out: Path,
+    photos: ImageSet | None = None,
+    force: bool = False,
+    settings: ExportSettings | None = None,
+    others: Images | None = None,
+) -> StageResult:
+    """The `export` stage: timm folder -> bundle.
+
+    Args:
+        student_dir: the student's timm folder.
+        out: the bundle's folder.
+        photos: what the student was trained on; see `Images`.
+        force: redo it even when nothing changed.
+        settings: precisions and target.
+        others: synthetic and test images.
+
+    Raises:
+        DataError: the test images share one with what the student saw, or hold an unknown class.
+        ConfigError: a setting contradicts another.
+    """
+    settings = settings or ExportSettings()
+    images = replace(others or Images(), photos=photos)
+    request = export_request(student_dir, out, photos, settings, images)
+    _refuse_shared(images)
+
+    def produce(work: Path) -> dict[str, Any]:
+        from synthkit.learning.students import load_student
+
+        student = load_student(student_dir)
+        inputs = _noise(student.preprocessing) if photos is None else photos.load(student.preprocessing)
+        trained_on = [] if photos is None else sorted({item.sha256 for item in photos.items})
+        lineage = {"student": request.inputs["student"], "trained_on": trained_on}
+        found = export_student_bundle(student, inputs, lineage, None, work, settings, images)
+        if photos is not None:
+            remember(work, photos.with_classes(student.classes))
+        return found
+
+    return run_stage(request, produce, force=force)
+
+
+def _refuse_shared(images: Images) -> None:
+    if images.test is not None:
+        for name, seen in images.given().items():
+            if name != "test":
+                check_disjoint(seen, images.test, (f"the {name} given to export", "the test set"))
+
+
+def _noise(preprocessing: Preprocessing) -> np.ndarray:
+    _, height, width = preprocessing.input_size
+    shape = (_NOISE_IMAGES, height, width, 3)
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+def export_student_bundle(
+    student: ExportableStudent,
+    images: np.ndarray,
+    lineage: Mapping[str, Any],
+    accuracy: Mapping[str, Any] | None,
+    work_dir: Path,
+    settings: ExportSettings | None = None,
+    sets: Images | None = None,
+) -> dict[str, Any]:
+    """Write a student as a bundle into a folder, and verify it.
+
+    Args:
+        student: the torch student.
+        images: real images as uint8 [N, height, width, 3]; parity is proven on them, a few become golden.
+        lineage: how the student came about; "trained_on" lists the SHA-256 of every real photo.
+        accuracy: what was measured on a test set, if anything; `sets.test` is measured here.
+        work_dir: where to write.
+        settings: precisions and target.
+        sets: the image sets that `images` come from, synthetic and test images.
+
+    Returns:
+        Parity, cost and size of every precision, for the stage's manifest.
+
+    Raises:
+        ParityError: an exported model does not compute what the student computes.
+        BundleError: the written bundle fails its own check.
+        ConfigError: int8 has no images to find its ranges with, or the default is not exported.
+    """
+    from synthkit.engines.bundle.targets import TARGETS, Material, write_target
+    from synthkit.engines.student.onnx_export import export_student
+
+    settings, sets = settings or ExportSettings(), sets or Images()
+    target, preprocessing = TARGETS[settings.target], student.preprocessing
+    metadata = _onnx_metadata(student, lineage)
+    path = work_dir / bundle.MODEL
+    fp32, logits = export_student(student.model, preprocessing, images, path, metadata, target.opset)
+    int8_target = target.int8 if settings.int8_target == "auto" else settings.int8_target
+    fp32 = replace(fp32, accuracy=accuracy)
+    made = make_precisions(work_dir, fp32, images, _seen(sets, preprocessing), settings, int8_target)
+    facts = measure(work_dir, made.facts, images[:1], _test_set(student, sets.test))
+    default, refused = settle_default(settings, facts)
+    bundle.write_bundle(
+        work_dir,
+        labels=student.classes,
+        preprocessing=preprocessing,
+        models=facts,
+        golden=bundle.Golden(images, logits, made.golden),
+        lineage=lineage,
+        default_precision=default,
+    )
+    material = Material(work_dir, list(facts), default, student.classes, preprocessing, images[:4])
+    write_target(settings.target, material)
+    bundle.seal(work_dir, {**bundle.read_facts(work_dir), "target": settings.target})
+    failures = bundle.verify(work_dir)
+    if failures:
+        raise BundleError(f"the bundle fails its own check: {'; '.join(failures)}; report this student")
+    return _summary(work_dir, facts, default, refused, made.int8)
+
+
+def _seen(sets: Images, preprocessing: Preprocessing) -> np.ndarray:
+    """The photos and as many synthetic images of every class, one after the other."""
+    given = [one for name, one in sets.given().items() if name != "test"]
+    loaded = [_few(one).load(preprocessing) for one in given]
+    _, height, width = preprocessing.input_size
+    return np.concatenate(loaded) if loaded else np.empty((0, height, width, 3), np.uint8)
+
+
+def _few(images: ImageSet) -> ImageSet:
+    count = min(_SEEN_AT_MOST, len(images))
+    return images.subset(np.linspace(0, len(images) - 1, count).astype(int))
+
+
+def _test_set(student: ExportableStudent, images: ImageSet | None) -> TestSet | None:
+    from synthkit.engines.student.onnx_export import Uint8Student, torch_logits
+
+    if images is None:
+        return None
+    known = images.with_classes(student.classes)
+    inputs = known.load(student.preprocessing)
+    torch_answers = torch_logits(Uint8Student(student.model, student.preprocessing), inputs).argmax(1)
+    return TestSet(inputs, known.labels, torch_answers)
+
+
+def _summary(
+    folder: Path,
+    facts: Mapping[str, bundle.ModelFacts],
+    default: str,
+    refused: str,
+    int8: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    fp32 = facts[bundle.FP32]
+    rows = {
+        name: {
+            "bytes": (folder / bundle.FILES[name]).stat().st_size,
+            "latency_ms": one.latency_ms,
+            "parity": dict(one.parity),
+            "accuracy": dict(one.accuracy) if one.accuracy else None,
+            "target": one.target,
+        }
+        for name, one in facts.items()
+    }
+    return {
+        "parity": fp32.parity,
+        "exporter": fp32.exporter,
+        "opset": fp32.opset,
+        "model_bytes": rows[bundle.FP32]["bytes"],
+        "precisions": rows,
+        "default_precision": default,
+        "refused_default": refused,
+        "int8": int8,
+    }
+
+
+def _onnx_metadata(student: ExportableStudent, lineage: Mapping[str, Any]) -> dict[str, str]:
+    """The bundle's facts inside the model, under the keys that other tools read (names, imgsz, task)."""
+    preprocessing = student.preprocessing.to_json()
+    facts = {
+        "names": dict(enumerate(student.classes)),
+        "imgsz": preprocessing["input_size"][1:],
+        "preprocess": preprocessing,
+        "lineage": dict(lineage),
+    }
+    texts = {name: json.dumps(value, ensure_ascii=False, default=str) for name, value in facts.items()}
+    return {"task": "classify", "producer": f"synthkit {synthkit.__version__}", **texts}

@@ -1,0 +1,1 @@
+"""From classes and a style to a synthetic set."""

@@ -1,0 +1,186 @@
+"""Draws planned images with engines and writes them: in this process, or as one of several workers.
+
+    planned images ──prompts, photos──► Material: embeddings and latents, made once
+    batches of equal steps ──EnginePipeline.draw──► PNG files, each written whole or not at all
+
+What an image looks like is settled in `synthkit.recipes.generation.plan`; batches, workers and interruptions
+change nothing about it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from synthkit import standalone
+from synthkit.artifacts import write_bytes
+from synthkit.data.images import png
+from synthkit.diffusion.style_token import StyleToken
+from synthkit.engines.diffusion.pipeline import EnginePipeline, Start
+from synthkit.engines.diffusion.text_encoder import TextEmbeddings
+from synthkit.errors import BadImages
+from synthkit.recipes.generation.plan import Photo, Planned
+from synthkit.recipes.learn_style import whole_picture
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all images of a set are drawn with.
+
+    Attributes:
+        engines_dir: what `build_engines` wrote.
+        tokens: the style tokens that prompts may hold.
+        negative: the negative prompt.
+        strength: of starting from a photo.
+        batch_size: images per batch.
+        blank: whether an image of one colour is written; otherwise it is an error.
+        kept: a file that keeps the embeddings; None: they are made anew.
+    """
+
+    engines_dir: Path
+    tokens: tuple[StyleToken, ...]
+    negative: str
+    strength: float
+    batch_size: int
+    blank: bool = False
+    kept: Path | None = None
+
+
+@dataclass(frozen=True)
+class Material:
+    """What some images are drawn from, in the form that engines take.
+
+    Attributes:
+        prompts: prompt -> row of `texts`.
+        texts: embeddings of the prompts.
+        none: the embedding that guidance leads away from.
+        photos: SHA-256 of a photo -> row of `latents`.
+        latents: float32 [photos, channels, side, side].
+    """
+
+    prompts: dict[str, int]
+    texts: TextEmbeddings
+    none: TextEmbeddings
+    photos: dict[str, int]
+    latents: np.ndarray
+
+
+class Drawer:
+    """One pipeline that draws batches into a folder."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._pipeline = EnginePipeline.open(job.engines_dir)
+
+    def gather(self, images: Sequence[Planned]) -> Material:
+        """Embed the prompts of some images and encode the photos that they start from, each once.
+
+        Raises:
+            BadImages: a photo cannot be read.
+            ModelError: the style does not fit the engines, or a prompt is too long.
+        """
+        job, pipeline = self._job, self._pipeline
+        prompts = sorted({image.prompt for image in images})
+        texts = pipeline.embed(prompts, *job.tokens, negative=job.negative, kept=job.kept)
+        photos = {image.start.sha256: image.start for image in images if image.start}
+        return Material(
+            {prompt: row for row, prompt in enumerate(prompts)},
+            texts,
+            pipeline.unconditional(),
+            {sha256: row for row, sha256 in enumerate(photos)},
+            _latents(pipeline, list(photos.values())),
+        )
+
+    def load(self, batch: Sequence[Planned]) -> None:
+        """Load the UNet for a batch, which otherwise its first `draw` does."""
+        self._pipeline.prepare(max(image.guidance for image in batch))
+
+    def draw(self, batch: Sequence[Planned], material: Material) -> np.ndarray:
+        """Images of one batch, which `batches` made: uint8 [n, height, width, 3].
+
+        Raises:
+            EngineError: names the images that came out as NaN or infinite, or of one colour.
+        """
+        self._pipeline.guide_from(material.none)
+        start = None
+        if batch[0].start is not None:
+            rows = [material.photos[image.start.sha256] for image in batch if image.start]
+            start = Start(material.latents[rows], self._job.strength)
+        return self._pipeline.draw(
+            material.texts.take([material.prompts[image.prompt] for image in batch]),
+            [image.seed for image in batch],
+            batch[0].steps,
+            [image.guidance for image in batch],
+            [image.file_name for image in batch],
+            start,
+            self._job.blank,
+        )
+
+    def close(self) -> None:
+        """Give the engines' memory back."""
+        self._pipeline.close()
+
+
+def draw_images(job: Job, images: Sequence[Planned], folder: Path) -> float:
+    """Draw images in this process and write them below a folder.
+
+    Returns:
+        Seconds that it took, without what comes once: loading the engines, prompts and photos.
+    """
+    drawer = Drawer(job)
+    make_folders(images, folder)
+    material, todo = drawer.gather(images), list(batches(images, job.batch_size))
+    drawer.load(todo[0])
+    started = time.perf_counter()
+    with (
+        tqdm(total=len(images), unit="image", desc="generate", disable=None) as bar,
+        ThreadPoolExecutor(1) as writer,  # encodes a batch while the next is drawn
+    ):
+        pending: Future[Any] = writer.submit(int)
+        for batch in todo:
+            pixels = drawer.draw(batch, material)
+            pending.result()
+            pending = writer.submit(write_images, folder, batch, pixels)
+            bar.update(len(batch))
+        pending.result()
+    drawer.close()
+    return time.perf_counter() - started
+
+
+def batches(images: Sequence[Planned], size: int) -> Iterator[list[Planned]]:
+    """Images in batches that one sampling loop can draw: of equal steps, all with guidance or all without."""
+    alike: dict[tuple[bool, int], list[Planned]] = {}
+    for image in images:
+        alike.setdefault((image.guidance > 1, image.steps), []).append(image)
+    for key in sorted(alike):  # the UNet is loaded anew where guidance begins
+        group = alike[key]
+        yield from (group[start : start + size] for start in range(0, len(group), size))
+
+
+def make_folders(images: Sequence[Planned], folder: Path) -> None:
+    """The class folders of some images."""
+    for name in {image.name for image in images}:
+        (folder / name).mkdir(exist_ok=True)
+
+
+def write_images(folder: Path, batch: Sequence[Planned], pixels: np.ndarray) -> None:
+    """Write images of a batch, each atomically."""
+    for image, array in zip(batch, pixels, strict=True):
+        write_bytes(folder / image.file_name, png(array))
+
+
+def _latents(pipeline: EnginePipeline, photos: Sequence[Photo]) -> np.ndarray:
+    if not photos:
+        return np.zeros((0, 1, 1, 1), np.float32)
+    size = whole_picture(pipeline.image_size).to_json()
+    pixels, failures = standalone.read_inputs([photo.path for photo in photos], size)
+    if failures:
+        raise BadImages(failures)
+    return pipeline.encode(pixels)

@@ -1,0 +1,161 @@
+"""What a request to the service holds: an image, read and decoded within bounds, or a refusal with reason."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from synthkit import standalone
+from synthkit.recipes.serving.live_bundle import Current
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+"""What is decoded. Others that Pillow reads start programs (EPS) or hide an image in an image (ICO)."""
+
+_MOST_FIELDS = 8
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one client may cost.
+
+    Attributes:
+        body_bytes: largest request body.
+        pixels: largest image, width times height.
+        waiting: requests for answers that may be there at once, in work and in the queue.
+        jobs: images decoded and classified at once.
+        seconds: how long a client may take to send a request's head, and again to send its body.
+    """
+
+    body_bytes: int = 10 * 2**20
+    pixels: int = 25_000_000
+    waiting: int = 32
+    jobs: int = 2
+    seconds: float = 20.0
+
+
+class Refusal(Exception):
+    """An answer other than 200.
+
+    Args:
+        status: HTTP status.
+        reason: what is wrong, for the client.
+        headers: further headers of the answer.
+    """
+
+    def __init__(self, status: int, reason: str, headers: dict[str, str] | None = None) -> None:
+        super().__init__(reason)
+        self.status, self.reason, self.headers = status, reason, headers
+
+
+def wanted_labels(request: Request) -> int:
+    """How many labels a request asks for: `?top=N`, 3 when it does not say.
+
+    Raises:
+        Refusal: 400 for anything but a whole number from 1.
+    """
+    text = request.query_params.get("top", "3")
+    if not (text.isascii() and text.isdecimal() and len(text) < 7 and int(text) > 0):
+        raise Refusal(400, f"top must be a whole number from 1 to 999999, got {text[:40]!r}")
+    return int(text)
+
+
+async def image_bytes(request: Request, limits: Limits) -> bytes:
+    """The image file that a request carries: its body, or the one file of a multipart form.
+
+    Raises:
+        Refusal: 400, 408 or 413.
+    """
+    import anyio
+
+    try:
+        with anyio.fail_after(limits.seconds):
+            body = await _body(request, limits.body_bytes)
+    except TimeoutError:
+        reason = f"the body did not arrive within {limits.seconds:g} s"
+        raise Refusal(408, reason, {"Connection": "close"}) from None
+    if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+        body = await _uploaded(request, body)
+    if not body:
+        raise Refusal(400, "no image: send one as the request's body, or as the file of a multipart form")
+    return body
+
+
+async def _body(request: Request, most: int) -> bytes:
+    """The body; the server throws away what a refused client still sends."""
+    too_large = Refusal(413, f"the body is larger than {most} bytes; send a smaller image")
+    stated = request.headers.get("content-length", "")
+    if stated.isdecimal() and int(stated) > most:
+        raise too_large
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > most:
+            raise too_large
+    return bytes(body)
+
+
+async def _uploaded(request: Request, body: bytes) -> bytes:
+    from starlette.datastructures import UploadFile
+    from starlette.exceptions import HTTPException
+    from starlette.requests import Request
+
+    async def replay() -> dict[str, Any]:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    try:
+        async with Request(request.scope, replay).form(
+            max_files=1, max_fields=_MOST_FIELDS, max_part_size=len(body)
+        ) as form:
+            files = [value for value in form.values() if isinstance(value, UploadFile)]
+            return await files[0].read() if files else b""
+    except HTTPException as error:
+        raise Refusal(400, f"this multipart form cannot be read: {error.detail}") from None
+
+
+def classify(current: Current, data: bytes, top: int, most_pixels: int) -> dict[str, Any]:
+    """Label, score and top of one image, as `synthkit predict` gives them for the same file.
+
+    Args:
+        current: what classifies.
+        data: the image file's content.
+        top: how many labels.
+        most_pixels: largest image, width times height.
+
+    Raises:
+        Refusal: 413, 415 or 422: too many pixels, no image, or a broken one.
+    """
+    _check_kind(data, most_pixels)
+    try:
+        image = standalone.open_image(io.BytesIO(data))
+    except standalone.UnusableImage as error:
+        raise Refusal(422, f"this image cannot be decoded: {error}") from None
+    bundle = current.bundle
+    logits = bundle.logits(bundle.preprocessing(image)[np.newaxis])
+    ranked = standalone.prediction("", logits[0], bundle.labels, len(bundle.labels))
+    found = standalone.decided(ranked, current.confidence, top)
+    return {name: value for name, value in found.items() if name != "path"}
+
+
+def _check_kind(data: bytes, most_pixels: int) -> None:
+    """Refuse by the file's head alone what is no image or too large to decode."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            width, height = image.size
+    except (
+        Image.DecompressionBombWarning,
+        Image.DecompressionBombError,
+    ):  # the warning, where it is an error
+        raise Refusal(413, f"the image has more than {most_pixels} pixels; send a smaller one") from None
+    except Exception:  # decoders raise whatever a broken head provokes
+        raise Refusal(415, f"not an image that this service reads ({', '.join(FORMATS)})") from None
+    if width * height > most_pixels:
+        raise Refusal(
+            413, f"the image has {width}x{height} pixels, more than {most_pixels} in all; send a smaller one"
+        )

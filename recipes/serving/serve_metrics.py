@@ -1,0 +1,98 @@
+"""What the service counts, as Prometheus reads it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+from typing import Any
+
+from synthkit.recipes.serving.live_bundle import LiveBundle
+from synthkit.recipes.serving.serve_http import Asgi
+
+_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+
+class Metrics:
+    """Counters of one service, apart from those of any other in the same process.
+
+    Args:
+        live: the bundle; its version and digest are told at each look.
+
+    Attributes:
+        waiting: a gauge, requests for answers in work and in the queue.
+    """
+
+    def __init__(self, live: LiveBundle) -> None:
+        from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+
+        self._live = live
+        self._registry = registry = CollectorRegistry()
+        self._requests = Counter(
+            "synthkit_requests", "Answered requests.", ["path", "status"], registry=registry
+        )
+        self._seconds = Histogram(
+            "synthkit_predict_seconds",
+            "From the head of a request to its answer, of those answered with 200.",
+            buckets=_BUCKETS,
+            registry=registry,
+        )
+        self._bundle = Gauge(
+            "synthkit_bundle_info", "Which bundle answers.", ["version", "digest", "precision"],
+            registry=registry,
+        )  # fmt: skip
+        self._problem = Gauge(
+            "synthkit_bundle_problem", "1 while the folder holds a bundle that is broken.", registry=registry
+        )
+        self.waiting = Gauge("synthkit_waiting", "Requests in work and in the queue.", registry=registry)
+        ProcessCollector(registry=registry)
+
+    def text(self) -> str:
+        """Everything, in Prometheus' text format."""
+        from prometheus_client import generate_latest
+
+        current = self._live.current
+        self._bundle.clear()
+        self._bundle.labels(current.bundle.facts["version"], current.digest, current.bundle.precision).set(1)
+        self._problem.set(bool(self._live.problem))
+        return generate_latest(self._registry).decode()
+
+    def counting(self, app: Asgi, paths: Collection[str]) -> Asgi:
+        """An ASGI application that counts what another one answers.
+
+        Args:
+            app: the one that answers.
+            paths: the routes; any other path is counted as "other", or clients could grow the table.
+        """
+
+        async def counted(scope: Any, receive: Any, send: Any) -> None:
+            if scope["type"] != "http":
+                return await app(scope, receive, send)
+            started = time.perf_counter()
+
+            async def noting(message: Any) -> None:
+                if (
+                    message["type"] == "http.response.start"
+                ):  # before it is sent: whoever got an answer is counted
+                    self._note(
+                        scope["path"] if scope["path"] in paths else "other", message["status"], started
+                    )
+                await send(message)
+
+            await app(scope, receive, noting)
+
+        return counted
+
+    def _note(self, path: str, status: int, started: float) -> None:
+        self._requests.labels(path, str(status)).inc()
+        if (path, status) == ("/predict", 200):
+            self._seconds.observe(time.perf_counter() - started)
+
+    def answered(self) -> dict[str, int]:
+        """Status -> how many requests were answered with it."""
+        found: dict[str, int] = {}
+        for family in self._requests.collect():
+            for sample in family.samples:
+                if sample.name.endswith("_total"):
+                    status = sample.labels["status"]
+                    found[status] = found.get(status, 0) + int(sample.value)
+        return found

@@ -1,0 +1,1 @@
+"""Comparisons of methods on one data set, and the demo."""

@@ -1,0 +1,95 @@
+"""`demo`: the whole chain on real images that need no download, scikit-learn's handwritten digits.
+
+    digits ──2 per class──► few_shots/ ──chain──► bundle/ ──evaluate──┐
+       └────the rest──────► test/ ────────────────────────────────────┴─► table, contact sheet
+
+The table's other rows are trained for as many gradient steps in all as the bridged student was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from synthkit.artifacts import StageResult
+from synthkit.data.contact_sheet import contact_sheet
+from synthkit.data.images import ImageSet
+from synthkit.metrics.classification import top1
+from synthkit.recipes.chain import ChainSettings, Workspace, words_for_prompts
+from synthkit.recipes.generation.generate import generate
+from synthkit.recipes.studies.compare import measure
+from synthkit.recipes.studies.methods import ADAPTED, BRIDGED, FEW_SHOT, METHODS, SYNTHETIC_ONLY, Draw
+
+SHEET = "contact_sheet.png"
+_PER_ROW = 16
+_COMPARED = (FEW_SHOT, SYNTHETIC_ONLY, BRIDGED, ADAPTED)
+
+
+@dataclass(frozen=True)
+class DemoRow:
+    """One method of the table and its top-1 on the real test images."""
+
+    method: str
+    top1: float
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo made.
+
+    Attributes:
+        stages: of the chain, in order.
+        rows: the table.
+        path: what `adapt` chose.
+        n_test: real test images.
+        sheet: the contact sheet's file.
+    """
+
+    stages: list[StageResult]
+    rows: list[DemoRow]
+    path: str
+    n_test: int
+    sheet: Path
+
+
+def run_demo(
+    settings: ChainSettings, place: Workspace, photos: ImageSet, test: ImageSet, force: bool
+) -> DemoResult:
+    """Run the chain, the compared methods and the contact sheet.
+
+    Args:
+        settings: of the chain.
+        place: the workspace.
+        photos: real few shots.
+        test: real test images, looked at only here and only to measure.
+        force: adapt and export again even when nothing changed.
+    """
+    draw = Draw(settings, place, photos, force)
+    predicted = measure(draw, test, _COMPARED)
+    rows = [DemoRow(METHODS[method].title, top1(one, test.labels)) for method, one in predicted.items()]
+    return DemoResult(draw.stages(), rows, draw.path, len(test), draw_sheet(settings, place, photos))
+
+
+def draw_sheet(settings: ChainSettings, place: Workspace, photos: ImageSet) -> Path:
+    """Real few shots beside synthetic images in the learned style and without it."""
+    words = words_for_prompts(settings.engines, photos)
+    few = replace(settings.generate, per_class=max(1, _PER_ROW // len(photos.classes) + 1))
+    plain = generate(few, place.engines, words, None, place.root / "plain")
+    rows = [
+        ("real few shots", _pictures(photos)),
+        ("synthetic, learned style", _pictures(ImageSet.scan(place.synthetic))),
+        ("synthetic, plain prompt", _pictures(ImageSet.scan(plain.out))),
+    ]
+    contact_sheet(rows, place.root / SHEET)
+    return place.root / SHEET
+
+
+def _pictures(images: ImageSet) -> Sequence[Image.Image]:
+    """As many images as fit a row, from all classes in turn."""
+    rank = np.concatenate([np.arange(count) for count in np.bincount(images.labels)])
+    order = np.lexsort((images.labels, rank))[:_PER_ROW]
+    return [Image.open(images.items[index].path).convert("RGB") for index in order]

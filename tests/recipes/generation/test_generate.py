@@ -1,0 +1,285 @@
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from benchmarks.bench_generate import contents
+from synthkit.artifacts import fingerprint, read_manifest, write_bytes
+from synthkit.cli import main
+from synthkit.diffusion import style_token as style_files
+from synthkit.errors import ConfigError, EngineError
+from synthkit.recipes.generation.generate import Screening, generate, generate_request
+from synthkit.recipes.generation.plan import image_seed
+from synthkit.recipes.settings import FilterSettings, GenerateSettings
+
+pytest.importorskip("onnxruntime")
+CLASSES = {"b": "letter b", "ä x": "letter a"}
+SETTINGS = GenerateSettings(per_class=5, steps=3, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def drawn(tiny_engines: Path, tiny_style: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("generate") / "synthetic"
+    generate(SETTINGS, tiny_engines, CLASSES, tiny_style, out)
+    return out
+
+
+def test_the_set_is_an_image_folder_with_metadata(drawn: Path) -> None:
+    lines = [json.loads(line) for line in (drawn / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(one["class"], one["index"]) for one in lines] == [(c, i) for c in ("b", "ä x") for i in range(5)]
+    for line in lines:
+        path = drawn / line["file_name"]
+        assert path.name == f"{line['index']:05d}.png" and path.parent.name == line["class"]
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == line["sha256"]
+        assert line["seed"] == image_seed(0, line["class"], line["index"])
+        assert line["prompt"] == f"A {CLASSES[line['class']]} photo in the style of <tiny>"
+        with Image.open(path) as image:
+            assert image.size == (16, 16) and image.mode == "RGB"
+        assert (line["token"], line["attempt"], line["steps"], line["guidance"]) == ("<tiny>", 0, 3, 2.0)
+    assert {"model", "style", "engines", "negative_prompt", "init"} <= lines[0].keys()
+    assert len({line["sha256"] for line in lines}) == 10
+
+
+def test_the_batch_size_changes_nothing(
+    drawn: Path, tiny_engines: Path, tiny_style: Path, tmp_path: Path
+) -> None:
+    settings = GenerateSettings(per_class=5, steps=3, batch_size=3)
+    result = generate(settings, tiny_engines, CLASSES, tiny_style, tmp_path / "synthetic")
+    assert contents(tmp_path / "synthetic") == contents(drawn)
+    metrics = result.manifest.metrics
+    assert metrics["written"] == 10 and metrics["images_per_second"] > 0 and metrics["rejected"] == 0
+    assert metrics["per_class"] == {name: {"kept": 5, "redrawn": 0, "given_up": {}} for name in CLASSES}
+
+
+def test_a_new_style_or_run_seed_draws_others(
+    drawn: Path, tiny_engines: Path, tiny_style: Path, tmp_path: Path
+) -> None:
+    generate(SETTINGS, tiny_engines, CLASSES, None, tmp_path / "plain")
+    seeded = GenerateSettings(per_class=5, steps=3, seed=1)
+    generate(seeded, tiny_engines, CLASSES, tiny_style, tmp_path / "seeded")
+    one = "b/00000.png"
+    assert (
+        len({(folder / one).read_bytes() for folder in (drawn, tmp_path / "plain", tmp_path / "seeded")}) == 3
+    )
+
+
+def test_a_finished_set_gets_back_what_it_lost(
+    drawn: Path, tiny_engines: Path, tiny_style: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(drawn, tmp_path / "set")
+    (tmp_path / "set" / "b" / "00003.png").unlink()
+    (tmp_path / "set" / "b" / "00001.png").write_bytes(b"not what was drawn")
+    (tmp_path / "set" / "metadata.jsonl").write_text("edited")
+    result = generate(SETTINGS, tiny_engines, CLASSES, tiny_style, tmp_path / "set")
+    assert (result.manifest.metrics["written"], result.manifest.metrics["skipped"]) == (2, 8)
+    assert contents(tmp_path / "set") == contents(drawn)
+
+
+class _Refusing:
+    """Stands for fitted filters: refuses images by their content."""
+
+    def __init__(self) -> None:
+        self.judged: list[int] = []
+
+    def judge(self, images: Sequence[tuple[Path, str]]) -> list[str | None]:
+        self.judged.append(len(images))
+        return [
+            "class" if hashlib.sha256(path.read_bytes()).digest()[0] < 110 else None for path, _ in images
+        ]
+
+    def describe(self) -> dict[str, Any]:
+        return {"thresholds": {}}
+
+    def near_photos(self, images: Sequence[tuple[Path, str]]) -> int:
+        return len(images)
+
+
+def test_what_filters_reject_is_drawn_again_or_left_out(
+    tiny_engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filters = _Refusing()
+    monkeypatch.setattr("synthkit.recipes.generation.generate.fit_filters", lambda *_: filters)
+    screening = Screening(FilterSettings(filter="blank", retries=1))
+    results = []
+    for name, batch in (("one", 20), ("two", 3)):
+        settings = GenerateSettings(per_class=8, steps=2, batch_size=batch)
+        results.append(generate(settings, tiny_engines, CLASSES, None, tmp_path / name, screening=screening))
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    metrics = results[0].manifest.metrics
+    lines = [json.loads(line) for line in (tmp_path / "one" / "metadata.jsonl").read_text().splitlines()]
+    redrawn = sum(line["attempt"] for line in lines)
+    assert redrawn > 0 and metrics["given_up"] > 0, "the test must see both"
+    assert len(lines) == 16 - metrics["given_up"]
+    assert metrics["rejected"] == redrawn + 2 * metrics["given_up"]
+    assert metrics["written"] == 16 + redrawn + metrics["given_up"]
+    assert sum(one["redrawn"] for one in metrics["per_class"].values()) == redrawn
+    for line in lines:
+        assert line["seed"] == image_seed(0, line["class"], line["index"], line["attempt"])
+        assert hashlib.sha256((tmp_path / "one" / line["file_name"]).read_bytes()).digest()[0] >= 110
+    rejected = list((tmp_path / "one" / ".rejected" / "class").glob("*.png"))
+    assert len(rejected) == metrics["rejected"] and (tmp_path / "one" / ".rejected" / "class.png").is_file()
+
+
+def test_a_full_disk_loses_nothing(
+    drawn: Path, tiny_engines: Path, tiny_style: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from synthkit.recipes.generation import sampler as drawing
+
+    written = []
+
+    def write(path: Path, content: bytes) -> None:
+        if len(written) == 6:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        written.append(path)
+        write_bytes(path, content)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(drawing, "write_bytes", write)
+        code, out, errors = run(
+            *["--workspace", tmp_path, "generate", "--classes", "b", "--per-class", "9", "--steps", "3"],
+            *["--engines", tiny_engines, "--style", tiny_style, "--batch-size", "4"],
+        )
+    assert (code, out) == (1, "") and errors.count("\n") == 1
+    assert (
+        errors.startswith("error: cannot write") and "No space left" in errors and "goes on from it" in errors
+    )
+    settings = GenerateSettings(per_class=9, steps=3)
+    result = generate(settings, tiny_engines, {"b": "b"}, tiny_style, tmp_path / "synthetic")
+    assert (result.manifest.metrics["written"], result.manifest.metrics["skipped"]) == (3, 6)
+
+
+def test_the_key_of_usual_settings_is_that_of_earlier_versions(
+    tiny_engines: Path, tiny_style: Path, tmp_path: Path
+) -> None:
+    request = generate_request(SETTINGS, tiny_engines, CLASSES, tiny_style, tmp_path)
+    assert request.config == {"classes": CLASSES, "per_class": 5, "steps": 3, "guidance": 2.0, "seed": 0}
+    token = style_files.load(tiny_style)
+    digest = hashlib.sha256(token.token.encode() + b"\0" + token.vectors.tobytes()).hexdigest()
+    assert request.inputs == {"engines": fingerprint(tiny_engines), "style": digest}
+
+
+CHILD = """
+import sys
+from pathlib import Path
+from synthkit.recipes.generation.generate import generate
+from synthkit.recipes.settings import GenerateSettings
+engines, style, out = map(Path, sys.argv[1:])
+generate(GenerateSettings(per_class=60, steps=10, batch_size=2), engines, {"a": "a", "b": "b"}, style, out)
+"""
+
+
+def test_a_killed_run_goes_on_where_it_was(tiny_engines: Path, tiny_style: Path, tmp_path: Path) -> None:
+    out = tmp_path / "synthetic"
+    partial = tmp_path / ".synthetic.partial"
+    child = subprocess.Popen([sys.executable, "-c", CHILD, str(tiny_engines), str(tiny_style), str(out)])
+    deadline = time.monotonic() + 120
+    while len(list(partial.glob("*/*.png"))) < 10:
+        assert child.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    before = {path.name: path.stat().st_mtime_ns for path in (partial / "a").glob("[0-9]*.png")}
+    (partial / "a" / f".00059.png.{os.getpid()}.tmp").write_bytes(b"torn")
+    assert not out.exists() and 10 <= len(before) < 60
+
+    settings, classes = GenerateSettings(per_class=60, steps=10, batch_size=50), {"a": "a", "b": "b"}
+    result = generate(settings, tiny_engines, classes, tiny_style, out)
+    assert result.manifest.metrics["skipped"] == len(before)
+    assert {name: (out / "a" / name).stat().st_mtime_ns for name in before} == before
+    generate(settings, tiny_engines, classes, tiny_style, tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_an_unchanged_set_is_skipped_and_changes_show(
+    drawn: Path, tiny_engines: Path, tiny_style: Path
+) -> None:
+    assert generate(SETTINGS, tiny_engines, CLASSES, tiny_style, drawn).skipped
+    key = read_manifest(drawn).key  # type: ignore[union-attr]
+    other = GenerateSettings(per_class=5, steps=4)
+    assert generate_request(other, tiny_engines, CLASSES, tiny_style, drawn).key != key
+    assert generate_request(SETTINGS, tiny_engines, {"b": "b"}, tiny_style, drawn).key != key
+    assert generate_request(SETTINGS, tiny_engines, CLASSES, None, drawn).key != key
+
+
+def test_names_and_folders_that_cannot_be_used(tiny_engines: Path, tmp_path: Path) -> None:
+    for classes in ({"a/b": "a"}, {".hidden": "a"}, {}):
+        with pytest.raises(ConfigError):
+            generate(SETTINGS, tiny_engines, classes, None, tmp_path / "synthetic")
+    with pytest.raises(EngineError, match="no engines folder"):
+        generate(SETTINGS, tmp_path / "absent", CLASSES, None, tmp_path / "synthetic")
+
+
+def run(*words: str | Path) -> tuple[int, str, str]:
+    result = CliRunner().invoke(main, [str(word) for word in words])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_the_commands_end_to_end(
+    tiny_model: Path, tiny_engines: Path, tiny_style: Path, tmp_path: Path
+) -> None:
+    workspace = tmp_path / "w"
+    shutil.copytree(tiny_engines, workspace / "engines")
+    code, out, _ = run("--workspace", workspace, "build-engines", "--model", tiny_model, "--json")
+    engines = json.loads(out)["engines"]
+    assert code == 0 and [one["cached"] for one in engines] == [True] * 4
+    flags = ["--classes", "a,b", "--style", tiny_style, "--per-class", "2", "--steps", "2"]
+    generate_words = ["--workspace", workspace, "generate", *flags]
+    code, out, _ = run(*generate_words, "--dry-run", "--json")
+    assert code == 0 and json.loads(out)["state"] == "absent" and not (workspace / "synthetic").exists()
+    code, out, _ = run(*generate_words, "--json")
+    answer = json.loads(out)
+    assert code == 0 and (answer["written"], answer["skipped"], answer["rejected"]) == (4, 0, 0)
+    assert answer["images_per_second"] > 0
+    code, out, _ = run(*generate_words, "--json")
+    assert code == 0 and (json.loads(out)["written"], json.loads(out)["skipped"]) == (0, 4)
+
+
+def test_classes_come_from_the_photos_and_their_words_file(tiny_engines: Path, tmp_path: Path) -> None:
+    for name in ("red_fox", "7"):
+        (tmp_path / "real" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8), (200, len(name), 0)).save(tmp_path / "real" / name / "a.png")
+    (tmp_path / "real" / "classes.toml").write_text('"7" = "digit seven"\n')
+    flags = ["--real-dir", tmp_path / "real", "--engines", tiny_engines, "--dry-run", "--json"]
+    code, out, _ = run("--workspace", tmp_path / "w", "generate", *flags)
+    assert code == 0
+    assert json.loads(out)["config"]["classes"] == {"7": "digit seven", "red_fox": "red fox"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "either --real-dir DIR or --classes"),
+        (["--classes", "a", "--real-dir", "x"], "either --real-dir DIR or --classes"),
+        (["--classes", "a"], "no engines folder"),
+        (["--classes", "a", "--style", "absent.safetensors", "--engines", "."], "no style token"),
+        (["--classes", "a", "--style", "pyproject.toml", "--engines", "."], "not a safetensors file"),
+        (
+            ["--classes", "a", "--engines", ".", "--strength", "1.5"],
+            "strength = 1.5: must lie between 0 and 1",
+        ),
+        (["--classes", "a", "--engines", ".", "--per-class", "0"], "per_class = 0: must be at least 1"),
+        (["--classes", "a", "--engines", ".", "--steps", "5:2"], "steps = '5:2': must be a whole number"),
+        (["--classes", "a", "--engines", ".", "--template", "x"], "does not name the class"),
+        (["--classes", "a", "--engines", ".", "--init", "real"], "name their folder with --real-dir"),
+        (["--redo", "7/00000.png"], "lies in no synthetic set"),
+    ],
+)
+def test_bad_calls_are_one_line(tmp_path: Path, flags: list[str], message: str) -> None:
+    code, out, errors = run("--workspace", tmp_path / "w", "generate", *flags)
+    assert code == 1 and out == "" and errors.startswith("error: ") and message in errors
+    assert errors.count("\n") == 1

@@ -1,0 +1,1 @@
+"""Images as class folders: reading, splits, contact sheets."""

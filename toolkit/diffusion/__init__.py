@@ -1,0 +1,1 @@
+"""Stable Diffusion's parts in torch, and style tokens."""

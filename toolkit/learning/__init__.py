@@ -1,0 +1,1 @@
+"""How a student learns: networks, data, the training loop."""

@@ -1,0 +1,1 @@
+"""What is measured of classifiers and of sets of images."""
