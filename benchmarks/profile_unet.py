@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bench_unet import UnetTask, matmul_gflops
+from benchmarks.unet_step import UnetTask, matmul_gflops
 from synthkit.engines.diffusion.denoiser import Denoiser
 from synthkit.engines.diffusion.pipeline import EnginePipeline
 from synthkit.engines.runtime.session import OrtSession, open_session, session_options, usable_threads

@@ -91,13 +91,13 @@ def _bench_bundle(bundle: Path, chosen: dict[str, Any]) -> options.Output:
 
 
 def _bench_engines(engines: Path, chosen: dict[str, Any]) -> options.Output:
-    from benchmarks import bench_engines, bench_unet, profile_unet
+    from benchmarks import profile_unet, sampling_speed, unet_step
 
     alone, profile = chosen.pop("unet_step", False), chosen.pop("profile", False)
     if alone and "steps" in chosen:
         raise ConfigError("--steps and --unet-step exclude each other; give one of them")
-    measured = (bench_unet.bench_unet_step if alone else bench_engines.bench_engines)(engines, **chosen)
-    text = (bench_unet if alone else bench_engines).as_text(measured)
+    measured = (unet_step.bench_unet_step if alone else sampling_speed.bench_engines)(engines, **chosen)
+    text = (unet_step if alone else sampling_speed).as_text(measured)
     if profile:
         task = {name: measured[name] for name in ("batch", "guidance", "runs")}
         measured["profile"] = profile_unet.profile_unet(engines, **task)

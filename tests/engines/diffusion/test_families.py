@@ -144,10 +144,10 @@ def test_stable_diffusion_2_in_half_precision(tmp_path: Path) -> None:
 def test_a_unet_step_of_sdxl_is_timed(
     sdxl: Path, sdxl_engines: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from benchmarks import bench_unet
+    from benchmarks import unet_step
 
-    monkeypatch.setattr(bench_unet, "base_model", lambda folder: str(sdxl))
-    rows = bench_unet.bench_unet_step(sdxl_engines, batch=2, guidance=3.0, runs=1)["rows"]
+    monkeypatch.setattr(unet_step, "base_model", lambda folder: str(sdxl))
+    rows = unet_step.bench_unet_step(sdxl_engines, batch=2, guidance=3.0, runs=1)["rows"]
     assert len(rows) == 3 and rows[-1]["max_difference"] > 0
 
 

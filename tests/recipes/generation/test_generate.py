@@ -17,7 +17,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from benchmarks.bench_generate import contents
+from benchmarks.generation import contents
 from synthkit.artifacts import fingerprint, read_manifest, write_bytes
 from synthkit.cli import main
 from synthkit.diffusion import style_token as style_files

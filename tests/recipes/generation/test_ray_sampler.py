@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 pytest.importorskip("onnxruntime")
 
-from benchmarks.bench_generate import contents
+from benchmarks.generation import contents
 from synthkit.cli import main
 from synthkit.errors import EngineError
 from synthkit.recipes.generation import ray_sampler as ray_workers

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.bench_generate import contents
+from benchmarks.generation import contents
 from synthkit.data.images import ImageSet
 from synthkit.diffusion import style_token as style_files
 from synthkit.diffusion.style_token import StyleToken

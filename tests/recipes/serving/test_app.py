@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import bench_serve
+from benchmarks import serving_load
 from synthkit import standalone
 from synthkit.artifacts import digest
 from synthkit.engines.bundle.format import Bundle, read_facts, seal
@@ -78,8 +78,8 @@ REFUSED: dict[str, tuple[bytes, str, int, str]] = {
     "head alone": (JPEG[:20], "", 415, "not an image"),
     "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "", 415, "JPEG, PNG"),
     "too many pixels": (picture(size=101), "", 413, "101x101 pixels, more than 10000"),
-    "a bomb": (bench_serve._png("1", 20_000), "", 413, "more than 10000 pixels"),
-    "half a bomb": (bench_serve._png("1", 10_000), "", 413, "pixels"),
+    "a bomb": (serving_load._png("1", 20_000), "", 413, "more than 10000 pixels"),
+    "half a bomb": (serving_load._png("1", 10_000), "", 413, "pixels"),
     "too many bytes": (bytes(300_001), "", 413, "larger than 300000 bytes"),
     "top of 0": (JPEG, "?top=0", 400, "top must be a whole number from 1"),
     "top of many": (JPEG, "?top=" + "9" * 5000, 400, "top must be"),

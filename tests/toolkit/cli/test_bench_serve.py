@@ -67,7 +67,7 @@ def test_bench_hands_its_options_over(workspace: Path, monkeypatch: pytest.Monke
 
 
 def test_bench_engines_calls_its_recipe(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = "benchmarks.bench_engines"
+    recipe = "benchmarks.sampling_speed"
     monkeypatch.setattr(f"{recipe}.bench_engines", lambda *given, **named: {"given": given, "named": named})
     monkeypatch.setattr(f"{recipe}.as_text", lambda measured: "a table")
     result = call(workspace, "bench", "--engines", "e", "--steps", "4", "--batch", "2", "--json")

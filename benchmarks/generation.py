@@ -1,6 +1,6 @@
 """`generate` at volume: killed again and again, timed in and outside its networks, its memory watched.
 
-    python -m benchmarks.bench_generate ./engines ./trial --style ./learned_embeds.safetensors
+    python -m benchmarks.generation ./engines ./trial --style ./learned_embeds.safetensors
 
 An uninterrupted set tells how much of the drawing loop lies inside UNet and VAE sessions. The same set with
 another batch size, by runs that are killed at random moments and one to the end, must have the same bytes. A
@@ -70,7 +70,7 @@ class Trial:
         task = [str(self.engines_dir), str(out), "--per-class", str(self.per_class), "--here"]
         task += ["--classes", ",".join(self.classes), "--steps", str(self.steps)]
         task += ["--batch-size", str(self.batch_size), *(["--style", str(self.style)] if self.style else [])]
-        command = [sys.executable, "-m", "benchmarks.bench_generate", *task]
+        command = [sys.executable, "-m", "benchmarks.generation", *task]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
     def finish(self, out: Path) -> dict[str, Any]:

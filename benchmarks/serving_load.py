@@ -1,6 +1,6 @@
 """Load for `synthkit serve`: many clients, good images and garbage, and what became of the service.
 
-    python -m benchmarks.bench_serve --bundle DIR [--requests 10000] [--clients 16]
+    python -m benchmarks.serving_load --bundle DIR [--requests 10000] [--clients 16]
 
 Starts the service as a user does, on a free port of this machine. Every good request must be answered as
 `synthkit predict` answers for the same file, every bad one with 4xx, and the process must not end or grow.

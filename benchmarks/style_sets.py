@@ -1,6 +1,6 @@
 """How near a comparison's synthetic sets come to real photos, beside what students make of them.
 
-python -m benchmarks.compare_sets ./w --test-dir ./test --weights ./net --architecture mobilenetv1_100
+python -m benchmarks.style_sets ./w --test-dir ./test --weights ./net --architecture mobilenetv1_100
 
 `./w` is the workspace of `synthkit compare`. All sets are measured on the features of one network that has
 seen none of them, against real photos held out from every draw.
@@ -124,7 +124,7 @@ def markdown(table: Sequence[Mapping[str, Any]]) -> str:
     "--image-size", type=click.IntRange(16), default=96, show_default=True, help="Its input, pixels."
 )
 def main(workspace: Path, test_dir: Path, weights: Path, architecture: str, image_size: int) -> None:
-    """Measure, print the table, write compare_sets.json into the workspace."""
+    """Measure, print the table, write style_sets.json into the workspace."""
     from synthkit.learning.students import new_student
 
     path = workspace / "compare.json"
@@ -135,7 +135,7 @@ def main(workspace: Path, test_dir: Path, weights: Path, architecture: str, imag
     table = measure_sets(student, workspace, compared, ImageSet.scan(test_dir))
     features = {"architecture": architecture, "image_size": image_size}
     result = {"rows": table, "features": features, "n_test": compared["n_test"], "versions": versions()}
-    write_json(workspace / "compare_sets.json", result)
+    write_json(workspace / "style_sets.json", result)
     click.echo(markdown(table))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import bench_head, bench_precisions
+from benchmarks import device_head, precisions
 from synthkit.data.images import ImageSet
 from synthkit.engines.bundle.format import Bundle, read_facts, verify
 from tests.small_bundles import coloured_photos
@@ -23,7 +23,7 @@ def test_the_table_holds_what_export_measured(tmp_path: Path) -> None:
     places = {"--data": "colours", "--weights": "test_resnet", "--out": "out"}
     given = [part for option, name in places.items() for part in (option, str(tmp_path / name))]
     settings = ["--shots", "3", "--image-size", "32", "--form", "cpu"]
-    result = CliRunner().invoke(bench_precisions.main, [*given, *settings])
+    result = CliRunner().invoke(precisions.main, [*given, *settings])
     assert result.exit_code == 0, result.output
     written = json.loads((tmp_path / "out" / "precisions.json").read_text(encoding="utf-8"))
     (row,) = written["rows"]
@@ -65,10 +65,10 @@ def photos_with_a_stray(tmp_path: Path) -> Path:
 def test_a_draw_holds_what_its_bundles_do_on_the_test_images(
     photos_with_a_stray: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench_head, "_ADDED", (1, 4, 16))
+    monkeypatch.setattr(device_head, "_ADDED", (1, 4, 16))
     lively_student().save(tmp_path / "weights")
     work = tmp_path / "work"
-    draw = bench_head.run_draw(
+    draw = device_head.run_draw(
         photos_with_a_stray, "test_resnet", tmp_path / "weights", 3, (1, 5), 0, work, "fp32"
     )
     assert json.loads(json.dumps(draw)) == draw
@@ -101,9 +101,9 @@ def test_a_finished_draw_is_kept_when_the_next_one_fails(
             raise KeyboardInterrupt
         return {"seed": seed, "shots": shots, "classes": classes}
 
-    monkeypatch.setattr(bench_head, "run_draw", draw)
+    monkeypatch.setattr(device_head, "run_draw", draw)
     arguments = ["--data", "colours", "--weights", "w", "--out", str(tmp_path), "--classes", "3"]
-    assert CliRunner().invoke(bench_head.main, arguments).exit_code == 1
+    assert CliRunner().invoke(device_head.main, arguments).exit_code == 1
     written = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
     assert written["draws"] == [{"seed": 0, "shots": [4, 16], "classes": 3}]
     assert written["settings"]["set"] == "colours"

@@ -1,4 +1,4 @@
-"""Benchmark of `adapt --bundle` against torch on the same photos, `python -m benchmarks.bench_head`
+"""Benchmark of `adapt --bundle` against torch on the same photos, `python -m benchmarks.device_head`
 
     a few photos per class ──pretrained student, logistic regression as its head──► the bundle to start from
     more photos of each class ─┬─ synthkit adapt --bundle, in a process of its own: seconds, top-1

@@ -14,8 +14,8 @@ pytest.importorskip("timm")
 
 import torch
 
-from benchmarks import bench_adapt as recipe
-from benchmarks.bench_adapt import PlainSite, expected, main, ratios, stage, timm_style
+from benchmarks import adapt_speed as recipe
+from benchmarks.adapt_speed import PlainSite, expected, main, ratios, stage, timm_style
 from synthkit.data.images import ImageSet
 from synthkit.engines.student import frozen_layers as frozen_onnx
 from synthkit.learning.fit import Examples

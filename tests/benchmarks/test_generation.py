@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("onnxruntime")
 
-from benchmarks.bench_generate import Trial, contents, kills, memory, session_clock
+from benchmarks.generation import Trial, contents, kills, memory, session_clock
 from synthkit.engines.diffusion.pipeline import EnginePipeline
 
 DRAWING = """

@@ -1,4 +1,4 @@
-"""Benchmark of what each precision of a student costs, `python -m benchmarks.bench_precisions`
+"""Benchmark of what each precision of a student costs, `python -m benchmarks.precisions`
 
     a few photos per class ──pretrained student, logistic regression as its head──► student
     student ──`synthkit export`, int8 for the CPU and for TensorRT──► top-1 of torch and of each file
@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import click
 
-from benchmarks.bench_head import regress
+from benchmarks.device_head import regress
 from synthkit.artifacts import StageResult, versions, write_json
 from synthkit.data.images import ImageSet
 from synthkit.data.splits import k_shot

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 pytest.importorskip("timm")
 pytest.importorskip("onnxruntime")
 
-from benchmarks.compare_sets import main, markdown, measure_sets, set_folders
+from benchmarks.style_sets import main, markdown, measure_sets, set_folders
 from synthkit.artifacts import write_json
 from synthkit.data.images import ImageSet
 from synthkit.learning.students import new_student

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from benchmarks import bench_unet, profile_unet
-from benchmarks.bench_unet import UnetTask, bench_unet_step
+from benchmarks import profile_unet, unet_step
+from benchmarks.unet_step import UnetTask, bench_unet_step
 from synthkit.cli import main
 from synthkit.engines.diffusion.pipeline import EnginePipeline
 from synthkit.errors import ConfigError, EngineError, ParityError
@@ -25,8 +25,8 @@ def test_every_contender_computes_the_same_and_is_timed(
     tiny_engines: Path, monkeypatch: pytest.MonkeyPatch, images: int, guidance: float, rows: int
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "2")  # the small UNet then draws in two parts
-    monkeypatch.setattr(bench_unet, "_count_gflop", lambda task, model_dir: 3.0)
-    monkeypatch.setattr(bench_unet, "matmul_gflops", lambda threads: 60.0)
+    monkeypatch.setattr(unet_step, "_count_gflop", lambda task, model_dir: 3.0)
+    monkeypatch.setattr(unet_step, "matmul_gflops", lambda threads: 60.0)
     result = bench_unet_step(tiny_engines, batch=images, guidance=guidance, runs=2)
     assert json.loads(json.dumps(result)) == result
     assert (result["unet_rows"], result["latents"], result["threads"]) == (rows, [4, 4, 4], 2)
@@ -37,7 +37,7 @@ def test_every_contender_computes_the_same_and_is_timed(
         assert row["of_peak"] == pytest.approx(0.05 / (row["unet_step_ms"] / 1000), rel=0.01)
     assert (result["gflop"], result["matmul_gflops"], result["rows"][-1]["speedup"]) == (3.0, 60.0, 1)
     assert result["tolerance"] == pytest.approx(1e-4 * (3 if guidance > 1 else 1))
-    assert bench_unet.as_text(result).splitlines()[-1].startswith("synthkit")
+    assert unet_step.as_text(result).splitlines()[-1].startswith("synthkit")
 
 
 def test_figures_of_a_contender_follow_from_its_times() -> None:
@@ -47,7 +47,7 @@ def test_figures_of_a_contender_follow_from_its_times() -> None:
         "ONNX Runtime": (output + np.float32(0.5), [1.0, 0.5, 1.5]),
         "synthkit": (output, [2.0, 2.0, 7.0]),
     }
-    rows = bench_unet._rows(taken, at_peak=0.5, allowed=0.1)
+    rows = unet_step._rows(taken, at_peak=0.5, allowed=0.1)
     assert [row["unet_step_ms"] for row in rows] == [4000, 1000, 2000]
     assert [row["of_peak"] for row in rows] == [0.125, 0.5, 0.25]
     assert [row["speedup"] for row in rows] == [2, 0.5, 1], "above 1 where synthkit is the faster one"
@@ -62,13 +62,13 @@ def test_work_is_counted_as_torch_does_it(tiny_model: Path, tiny_engines: Path) 
     from synthkit.engines.diffusion.parity import call_unet, source_unet
 
     task = UnetTask.random(tiny_engines, 2, 2.0)
-    unet, counted = source_unet(tiny_model), bench_unet._count_gflop(task, tiny_model)
+    unet, counted = source_unet(tiny_model), unet_step._count_gflop(task, tiny_model)
     inputs = {name: torch.from_numpy(value) for name, value in task.plain_feeds().items()}
     # torch does not count its fused attention on the CPU.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         call_unet(unet, inputs)
     assert counted == pytest.approx(counter.get_total_flops() / 1e9) and counted > 0
-    assert bench_unet._count_gflop(UnetTask.random(tiny_engines, 1, 1.0), tiny_model) == counted / 4
+    assert unet_step._count_gflop(UnetTask.random(tiny_engines, 1, 1.0), tiny_model) == counted / 4
 
 
 @pytest.mark.parametrize("shift", [0.05, np.nan])
@@ -87,7 +87,7 @@ def test_a_contender_that_computes_otherwise_is_refused(
 
 
 def test_half_precision_has_its_own_tolerance(half_engines_path: Path) -> None:
-    assert bench_unet._tolerance(half_engines_path, 3.0) == pytest.approx(3e-2 * 5)
+    assert unet_step._tolerance(half_engines_path, 3.0) == pytest.approx(3e-2 * 5)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from statistics import median
 import numpy as np
 import pytest
 
-from benchmarks.bench_engines import _Clock, _Contender, as_text, bench_engines
+from benchmarks.sampling_speed import _Clock, _Contender, as_text, bench_engines
 from synthkit.engines.diffusion.pipeline import EnginePipeline
 from synthkit.errors import ConfigError, EngineError, ParityError
 

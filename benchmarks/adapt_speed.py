@@ -1,4 +1,4 @@
-"""Benchmark of last-layer adaptation, `python -m benchmarks.bench_adapt`
+"""Benchmark of last-layer adaptation, `python -m benchmarks.adapt_speed`
 
     the same photos, student, ─┬─ cached    frozen layers once per view, then steps over the last units
     optimiser, learning rates, ├─ plain     the same loop, the whole student in every step
