@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 
 from synthkit.artifacts import versions
+from synthkit.engines.diffusion.engines_folder import base_model, existing_engines
 from synthkit.engines.diffusion.export import quiet
 from synthkit.engines.diffusion.pipeline import EnginePipeline
 from synthkit.engines.runtime.session import usable_threads
 from synthkit.errors import ConfigError, ParityError
 from synthkit.models import INDEX, resolve_model
-from synthkit.recipes.build_engines import base_model, existing_engines
 
 PROMPT = "A digit seven photo"
 TOLERANCE = {"float32": 5e-3, "float16": 0.1}

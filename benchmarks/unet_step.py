@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from synthkit.artifacts import versions
+from synthkit.engines.diffusion.engines_folder import base_model, existing_engines
 from synthkit.engines.diffusion.export import quiet
 from synthkit.engines.diffusion.parity import TOLERANCE, call_unet, random_feeds, source_unet
 from synthkit.engines.diffusion.pipeline import EnginePipeline
@@ -26,7 +27,6 @@ from synthkit.engines.runtime.component_spec import component_specs, read_geomet
 from synthkit.engines.runtime.session import open_session, settled_provider, usable_threads
 from synthkit.errors import ConfigError, ParityError
 from synthkit.models import resolve_model
-from synthkit.recipes.build_engines import base_model, existing_engines
 
 _MATRIX = 2048  # side: 17 GFLOP in a product, and larger than the caches
 

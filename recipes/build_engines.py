@@ -11,8 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from synthkit.artifacts import Request, StageResult, read_manifest, run_stage
-from synthkit.diffusion.style_token import base_of
+from synthkit.artifacts import Request, StageResult, run_stage
 from synthkit.engines.diffusion.build import (
     PlanBuild,
     build_onnx,
@@ -32,8 +31,7 @@ from synthkit.engines.tensorrt.build_plan import (
     planned_specs,
     trtexec_line,
 )
-from synthkit.errors import EngineError, ModelError
-from synthkit.models import model_fingerprint, resolve_model, weights_fingerprint
+from synthkit.models import model_fingerprint, resolve_model, short_name, weights_fingerprint
 from synthkit.recipes.settings import EngineSettings
 
 log = logging.getLogger(__name__)
@@ -66,7 +64,7 @@ def build_engines_request(settings: EngineSettings, out: Path, *, download: bool
         out=out,
         inputs={"model": model_fingerprint(model_dir)},
         config={
-            "model": _short_name(settings.model),
+            "model": short_name(settings.model),
             "backend": backend,
             "precision": _precision(settings, backend),
             "vae_precision": settings.vae_precision,
@@ -101,7 +99,7 @@ def build_engines(settings: EngineSettings, out: Path, force: bool = False) -> S
     """Make the engines folder, or find it made.
 
     The manifest's `config.model` is the model's short name; `metrics.model` is what `resolve_model` takes (a
-    local folder absolute), see `base_model`.
+    local folder absolute), see `synthkit.engines.diffusion.engines_folder.base_model`.
 
     Raises:
         ConfigError, EngineError, ModelError: see `build_engines_request`.
@@ -168,53 +166,10 @@ def _preview(plan: BuildPlan, version: str) -> dict[str, Any]:
     return {**asdict(plan), "text": describe(plan), "tensorrt": version, "trtexec": commands}
 
 
-def existing_engines(folder: Path) -> Path:
-    """The engines folder, when there is one.
-
-    Raises:
-        EngineError: there is none.
-    """
-    if not folder.is_dir():
-        raise EngineError(f"no engines folder {folder}; make it with `synthkit build-engines`")
-    return folder
-
-
-def base_model(engines_dir: Path) -> str:
-    """What `resolve_model` takes to find the model that an engines folder was made of.
-
-    A folder without a manifest (written by Optimum itself, say) is named by its path.
-    """
-    manifest = read_manifest(engines_dir)
-    return str(manifest.metrics["model"]) if manifest else str(engines_dir.resolve())
-
-
-def check_same_model(style: Path, engines_dir: Path) -> None:
-    """Refuse style tokens that were learned for other weights than the engines were made of.
-
-    Where either does not tell, as tokens of other tools do not, the text width alone is checked, later.
-
-    Raises:
-        ModelError: names both models.
-    """
-    manifest, (base, weights) = read_manifest(engines_dir), base_of(style)
-    own = manifest.metrics.get("weights") if manifest else None
-    if manifest and own and weights and own != weights:
-        raise ModelError(
-            f"the style {style} was learned for {_short_name(base)!r}, the engines {engines_dir} are made of "
-            f"{manifest.config['model']!r} with other weights; learn a style for this one with "
-            "`synthkit learn-style`, or build engines of the style's own model"
-        )
-
-
 def engine_list(result: StageResult) -> list[dict[str, Any]]:
     """The manifest's engines, marked as cached where the stage was skipped."""
     engines = result.manifest.metrics["engines"]
     return [{**engine, "cached": result.skipped or engine["cached"]} for engine in engines]
-
-
-def _short_name(model: str) -> str:
-    folder = Path(model).expanduser()
-    return folder.resolve().name if folder.is_dir() else model
 
 
 def _resolvable(model: str) -> str:

@@ -17,11 +17,12 @@ from synthkit.artifacts import Request, StageResult, read_manifest, stage_state
 from synthkit.calibration.filters.screening import filter_inputs
 from synthkit.config import override
 from synthkit.data.images import ImageSet, class_synonyms
+from synthkit.engines.diffusion.engines_folder import base_model
 from synthkit.errors import ConfigError
 from synthkit.models import prompt_synonyms, refuse_two_encoders, resolve_model
 from synthkit.recipes.adaptation.adapt import adapt, adapt_request
 from synthkit.recipes.adaptation.strategies import candidates
-from synthkit.recipes.build_engines import base_model, build_engines, build_engines_request
+from synthkit.recipes.build_engines import build_engines, build_engines_request
 from synthkit.recipes.exporting.export import export_request, run_export
 from synthkit.recipes.exporting.precisions import chosen_precisions
 from synthkit.recipes.generation.generate import Screening, generate, generate_request

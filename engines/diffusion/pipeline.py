@@ -22,6 +22,7 @@ import numpy as np
 
 from synthkit.diffusion.style_token import StyleToken
 from synthkit.engines.diffusion.denoiser import Denoiser, open_decoder, open_denoiser, run_typed
+from synthkit.engines.diffusion.engines_folder import existing_engines
 from synthkit.engines.diffusion.text_encoder import (
     TextEmbeddings,
     embed,
@@ -113,9 +114,7 @@ class EnginePipeline:
             ModelError: the folder holds an unsupported kind of pipeline.
             MissingExtra: a library is not installed.
         """
-        if not engines_dir.is_dir():
-            raise EngineError(f"no engines folder {engines_dir}; make it with `synthkit build-engines`")
-        return cls(engines_dir, provider)
+        return cls(existing_engines(engines_dir), provider)
 
     @property
     def image_size(self) -> int:

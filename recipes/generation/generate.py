@@ -32,8 +32,8 @@ from synthkit.artifacts import (
 from synthkit.calibration.filters.screening import Filters, chosen_filters, filter_inputs, fit_filters
 from synthkit.data.images import ImageSet
 from synthkit.diffusion import style_token as style_files
+from synthkit.engines.diffusion.engines_folder import check_same_model
 from synthkit.errors import EngineError
-from synthkit.recipes.build_engines import check_same_model
 from synthkit.recipes.generation.filter_report import rejected_grids
 from synthkit.recipes.generation.plan import Planned, Words, make_plan, number_or_range
 from synthkit.recipes.generation.ray_sampler import draw_with_ray

@@ -25,8 +25,8 @@ from synthkit.artifacts import SYNTHETIC, StageResult
 from synthkit.config import override
 from synthkit.data.images import ImageSet
 from synthkit.engines.bundle.format import FACTS, Bundle
+from synthkit.engines.diffusion.engines_folder import base_model
 from synthkit.recipes.adaptation.adapt import adapt
-from synthkit.recipes.build_engines import base_model
 from synthkit.recipes.chain import (
     ChainSettings,
     Workspace,

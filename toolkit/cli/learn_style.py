@@ -45,8 +45,8 @@ def command(
     """
     from synthkit.artifacts import stage_state, workspace_lock
     from synthkit.data.images import ImageSet, class_words
+    from synthkit.engines.diffusion.engines_folder import base_model, existing_engines
     from synthkit.models import prompt_words, resolve_model
-    from synthkit.recipes.build_engines import base_model, existing_engines
     from synthkit.recipes.learn_style import learn_style, learn_style_request
 
     settings = options.gather_settings(config, values, "learn-style")["learn-style"]

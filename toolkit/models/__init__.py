@@ -58,6 +58,12 @@ def resolve_model(name_or_dir: str, *, download: bool = True) -> Path:
     )
 
 
+def short_name(name_or_dir: str) -> str:
+    """The folder's own name where a local folder is given, otherwise the name as it is."""
+    folder = Path(name_or_dir).expanduser()
+    return folder.resolve().name if folder.is_dir() else name_or_dir
+
+
 def refuse_two_encoders(folder: Path) -> None:
     """Refuse to learn a style for a generator with two text encoders.
 

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from synthkit.artifacts import read_manifest
+from synthkit.engines.diffusion.engines_folder import base_model
 from synthkit.engines.diffusion.export import export_pipeline
 from synthkit.engines.diffusion.parity import component_parity
 from synthkit.errors import ConfigError, ModelError, ParityError
-from synthkit.recipes.build_engines import base_model, build_engines, build_engines_request, engine_list
+from synthkit.recipes.build_engines import build_engines, build_engines_request, engine_list
 from synthkit.recipes.settings import EngineSettings
 from tests.tiny_models import IMAGE
 

@@ -10,9 +10,9 @@ import pytest
 
 from synthkit.artifacts import read_manifest
 from synthkit.diffusion import style_token as style_files
+from synthkit.engines.diffusion.engines_folder import check_same_model
 from synthkit.errors import ModelError
 from synthkit.models import weights_fingerprint
-from synthkit.recipes.build_engines import check_same_model
 from synthkit.recipes.generation.generate import generate_request
 from synthkit.recipes.settings import GenerateSettings
 from tests.tiny_models import tiny_pipeline
