@@ -1,21 +1,30 @@
-"""Few photos, no generator: which way of learning wins where, `python -m benchmarks.photo_table`
+"""Which way of learning from a few photographs wins, without a generator.
 
-    pool ──k photos per class──► cell ─┬─ all layers ("full")
-    (set, student, shots, seed)        ├─ the last 1, 2, 4 units; the last 4 from class means
-                                       ├─ class means alone, logistic regression on frozen features
-                                       └─ `adapt`: one of these paths, by cross-validation on the k photos
+    python -m benchmarks.photo_table --set NAME=POOL:TEST --weights TIMM_NAME=FOLDER --work DIR --out FILE
 
-Every method gets the same photos; at one seed a draw of more photos contains the smaller ones. Test images
-only measure. A cell that is done is skipped, and the result is written anew after each; cells of another
-machine join the table with `--add`. Students run at a small input size, and at most so many test images
-count, chosen by their content's hash.
+    pool --k photos per class--> cell = (set, student, shots, seed)
+        full            all layers
+        last-1, -2, -4  the last layer groups; `last-4 means` starts from class means
+        means           class means alone
+        logistic        logistic regression on frozen features
+        adapt           one of these strategies, by cross-validation on the k photos
+
+Every method learns from the same photos, and at one seed a split of more photos contains the smaller ones.
+Test images only measure. A finished cell is kept, and the result is written again after each; `--add` takes
+cells that another machine has measured. Students run at a small input size, and a limited number of test
+images counts, chosen by the hash of their content.
+
+Cells are not independent: both students learn from the same photos. A comparison therefore takes one value
+per set and seed, the mean over the students, and its p-values are corrected for the number of comparisons.
+They speak for these sets and not for others: seeds of one set share its pool and its test images.
 """
 
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterator, Sequence
+import statistics
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,16 +34,22 @@ import click
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.photo_summary import ADAPT, markdown, plot, summary
-from synthkit.artifacts import Request, run_stage, write_bytes, write_json
+from synthkit.artifacts import Request, run_stage, versions, write_bytes, write_json
 from synthkit.data.images import ImageSet
 from synthkit.data.splits import check_disjoint, k_shot
 from synthkit.errors import ConfigError
-from synthkit.metrics.classification import top1
+from synthkit.metrics.classification import (
+    ahead_on_draws,
+    holm,
+    mean_interval,
+    over_draws,
+    top1,
+)
 from synthkit.one_line import OneLineErrors
 from synthkit.recipes.adaptation.selection import Choice, choose_path
 from synthkit.recipes.adaptation.strategies import FULL, LAST, Site, Start, course, follow, seen_by_last
 from synthkit.recipes.settings import AdaptSettings, TrainSettings
+from synthkit.recipes.studies.compare import ahead_line, lines_over_shots, shots_table
 from synthkit.recipes.train import weights_fingerprint
 
 if TYPE_CHECKING:
@@ -42,21 +57,23 @@ if TYPE_CHECKING:
     from synthkit.learning.fit import Examples
     from synthkit.learning.students import Student
 
-log = logging.getLogger(__name__)
-
-MEANS, LAST_MEANS, LOGISTIC = "means", "last-4 means", "logistic"
+MEANS, LAST_MEANS, LOGISTIC, ADAPT = "means", "last-4 means", "logistic", "adapt"
+#: The methods that a user could settle on beforehand.
+FIXED = ("full", "last-1", "last-2", "last-4", LOGISTIC)
 _PREDICTIONS = "predictions.json"
-_FIRST_SHOTS = (1, 4, 16)  # of the first seed, measured before all else
+_FIRST_SHOTS = (1, 4, 16)
 
-Answers = dict[str, dict[int, list[int]]]  # method -> gradient steps -> class index of every test image
+#: Method -> gradient steps -> predicted class index of every test image.
+Predictions = dict[str, dict[int, list[int]]]
+Cells = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A set and a student, which share what the frozen layers say of the test images.
+class Experiment:
+    """A data set and a pretrained student, with the student's cached features of the test images.
 
     Attributes:
-        pool: real photos to draw from.
+        pool: real photos from which the few are taken.
         test: real test images.
         architecture: timm's name of the student.
         weights: its pretrained weights.
@@ -85,13 +102,13 @@ class Subject:
 
     @cached_property
     def seen(self) -> dict[int, Views]:
-        """Units -> the test images as the last so many units see them."""
+        """Number of last layer groups -> the test images' features that enter them."""
         return seen_by_last(self.student, self.examples, [path.units or 0 for path in LAST], views=0, seed=0)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One draw of photos: the set's name, the student's, photos per class and the seed."""
+    """A set and a student by name, photos per class, and the seed of the split."""
 
     set: str
     student: str
@@ -100,14 +117,18 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """Folder of the cell's stage."""
         return f"{self.set}-{self.student}-{self.shots}-shot-{self.seed}"
 
 
-def trained(path: Any, site: Site, subject: Subject) -> dict[int, list[int]]:
-    """Train along a path on all photos; steps -> answers on the test images, before the first, at the end."""
+def trained(path: Any, site: Site, experiment: Experiment) -> dict[int, list[int]]:
+    """Train with a strategy on all photos.
+
+    Returns:
+        Gradient steps -> predictions on the test images, before the first step and after the last.
+    """
     begun, found = course(path, site), {}
-    lesson = subject.examples if path is FULL else subject.seen[path.units]
+    lesson = experiment.examples if path is FULL else experiment.seen[path.units]
 
     def look(steps: int) -> None:
         found[steps] = lesson.logits(begun.trained, np.arange(len(lesson))).argmax(1).tolist()
@@ -116,72 +137,72 @@ def trained(path: Any, site: Site, subject: Subject) -> dict[int, list[int]]:
     return found
 
 
-def logistic(site: Site, subject: Subject, c: float) -> list[int]:
-    """scikit-learn's logistic regression on what enters the head, of the photos as they are.
+def logistic(site: Site, experiment: Experiment, c: float) -> list[int]:
+    """scikit-learn's logistic regression on the features of the photos, without augmentation.
 
     Features are divided by their root mean square norm, so that C means the same for every student.
     """
     from sklearn.linear_model import LogisticRegression
 
-    photos, test = (views[1].clean[0].flatten(1).numpy() for views in (site.seen, subject.seen))
+    photos, test = (views[1].clean[0].flatten(1).numpy() for views in (site.seen, experiment.seen))
     scale = float(np.sqrt((photos**2).sum(axis=1).mean()))
     fitted = LogisticRegression(C=c, max_iter=5000).fit(photos / scale, site.labels)
     return [int(one) for one in fitted.predict(test / scale)]
 
 
-def measure(site: Site, subject: Subject, c: float) -> tuple[Answers, Choice, list[dict[str, Any]]]:
-    """Every method on one draw: answers, `adapt`'s choice, and what cross-validation said of each path."""
+def measure(site: Site, experiment: Experiment, c: float) -> tuple[Predictions, Choice, list[dict[str, Any]]]:
+    """All methods on one split: predictions, `adapt`'s choice, and the cross-validation of each strategy."""
     choice = choose_path(site)
     zero, means = (replace(site, settings=replace(site.settings, head=head)) for head in ("keep", "means"))
-    answers = {path.name: trained(path, zero, subject) for path in LAST}
-    answers[LAST_MEANS] = trained(LAST[-1], means, subject)
-    answers[MEANS] = {0: answers[LAST_MEANS][0]}
-    answers[LOGISTIC] = {0: logistic(site, subject, c)}
-    answers[FULL.name] = trained(FULL, site, subject)
-    taken = answers[LAST_MEANS if site.head == "means" else choice.path.name]
+    predictions = {path.name: trained(path, zero, experiment) for path in LAST}
+    predictions[LAST_MEANS] = trained(LAST[-1], means, experiment)
+    predictions[MEANS] = {0: predictions[LAST_MEANS][0]}
+    predictions[LOGISTIC] = {0: logistic(site, experiment, c)}
+    predictions[FULL.name] = trained(FULL, site, experiment)
+    taken = predictions[LAST_MEANS if site.head == "means" else choice.path.name]
     steps = site.steps(choice.path)
-    answers[ADAPT] = {steps: taken[steps]}
-    return answers, choice, [one.figures() for one in choice.verdicts]
+    predictions[ADAPT] = {steps: taken[steps]}
+    return predictions, choice, [one.figures() for one in choice.verdicts]
 
 
 def run_cell(
-    subject: Subject, cell: Cell, settings: AdaptSettings, training: TrainSettings, c: float, work: Path
+    experiment: Experiment, cell: Cell, settings: AdaptSettings, training: TrainSettings, c: float, work: Path
 ) -> dict[str, Any]:
-    """Measure a cell, or find it measured.
+    """Measure a cell, or read it where it has been measured.
 
     Returns:
         The cell, every method's `top1` after all its steps, `adapt`'s `path` and `steps`, `cross_validation`
         and `seconds`.
     """
-    photos = subject.pool.subset(k_shot(subject.pool, cell.shots, cell.seed))
+    photos = experiment.pool.subset(k_shot(experiment.pool, cell.shots, cell.seed))
     settings, training = replace(settings, seed=cell.seed), replace(training, seed=cell.seed)
-    inputs = {"photos": photos.digest, "test": subject.test.digest}
-    inputs["weights"] = weights_fingerprint(subject.weights)
+    inputs = {"photos": photos.digest, "test": experiment.test.digest}
+    inputs["weights"] = weights_fingerprint(experiment.weights)
     config = {
         "adapt": asdict(settings),
         "train": asdict(training),
         "c": c,
-        "student": [cell.student, subject.size],
+        "student": [cell.student, experiment.size],
     }
 
     def produce(out: Path) -> dict[str, Any]:
         from synthkit.learning.fit import Examples
 
-        start = Start(subject.student, False, None)
-        site = Site(start, Examples(photos, subject.student.preprocessing), settings, training)
-        answers, choice, verdicts = measure(site, subject, c)
-        write_json(out / _PREDICTIONS, answers)
+        start = Start(experiment.student, False, None)
+        site = Site(start, Examples(photos, experiment.student.preprocessing), settings, training)
+        predictions, choice, verdicts = measure(site, experiment, c)
+        write_json(out / _PREDICTIONS, predictions)
         return {"path": choice.path.name, "steps": site.steps(choice.path), "cross_validation": verdicts}
 
     done = run_stage(Request("photo-table", work / cell.name, inputs, config), produce)
-    answers = json.loads((done.out / _PREDICTIONS).read_text(encoding="utf-8"))
-    last = {method: of_steps[max(of_steps, key=int)] for method, of_steps in answers.items()}
-    right = {method: round(top1(np.array(one), subject.test.labels), 4) for method, one in last.items()}
+    predictions = json.loads((done.out / _PREDICTIONS).read_text(encoding="utf-8"))
+    last = {method: of_steps[max(of_steps, key=int)] for method, of_steps in predictions.items()}
+    right = {method: round(top1(np.array(one), experiment.test.labels), 4) for method, one in last.items()}
     return {**asdict(cell), "top1": right, "seconds": done.manifest.seconds, **done.manifest.metrics}
 
 
 def order(cells: Sequence[Cell]) -> list[Cell]:
-    """A balanced part of the table first: 1, 4 and 16 photos per class of the first seed."""
+    """Cells in the order of measurement: first 1, 4 and 16 photos per class of the first seed."""
     first = min(cell.seed for cell in cells)
 
     def late(cell: Cell) -> tuple[bool, int, int]:
@@ -190,21 +211,21 @@ def order(cells: Sequence[Cell]) -> list[Cell]:
     return sorted(cells, key=late)
 
 
-def few(images: ImageSet, most: int) -> ImageSet:
-    """At most so many images, chosen by the hash of their content."""
+def limited(images: ImageSet, most: int) -> ImageSet:
+    """Up to `most` images, chosen by the hash of their content."""
     by_hash = sorted(range(len(images)), key=lambda position: images.items[position].sha256)
     return images.subset(sorted(by_hash[:most]))
 
 
 def added(files: Sequence[Path], asked: dict[str, Any]) -> list[dict[str, Any]]:
-    """The cells of results that were written before, or elsewhere.
+    """Cells of results that were written earlier or on another machine.
 
     Args:
         files: results of this program.
         asked: the settings that they must have been measured with.
 
     Raises:
-        ConfigError: a file is no such result, or has other settings.
+        ConfigError: a file is not such a result, or its settings differ.
     """
     cells: list[dict[str, Any]] = []
     for file in files:
@@ -212,7 +233,7 @@ def added(files: Sequence[Path], asked: dict[str, Any]) -> list[dict[str, Any]]:
             result = json.loads(file.read_text(encoding="utf-8"))
             measured_with, of_file = result["settings"], result["cells"]
         except (ValueError, KeyError, TypeError):
-            raise ConfigError(f"--add {file} is no result of this program") from None
+            raise ConfigError(f"--add {file} is not a result of this program") from None
         for name, value in json.loads(json.dumps(asked)).items():
             if (found := measured_with.get(name)) != value:
                 raise ConfigError(
@@ -231,6 +252,187 @@ def _write(out: Path, cells: Sequence[dict[str, Any]], asked: dict[str, Any]) ->
     return markdown(result)
 
 
+def summary(cells: Cells, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The table's statistics.
+
+    Args:
+        cells: with `set`, `student`, `shots`, `seed`, and `top1` of every method.
+        settings: of the measurement.
+
+    Returns:
+        `rows` per set, student, shots and method; `overall` per student, shots and method; `paired`, each
+        method against full fine-tuning; `adapt` (see `standing`); `cells`, `settings` and `versions`.
+    """
+    rows = [row for group in _groups(cells, "set", "student", "shots") for row in _rows(group)]
+    return {
+        "rows": rows,
+        "overall": [
+            row
+            for of_student in _groups(cells, "student")
+            for group in _groups(of_student, "shots")
+            for row in _overall(group, len(_groups(of_student, "set")))
+        ],
+        "paired": paired(cells),
+        "adapt": standing(rows),
+        "cells": list(cells),
+        "settings": dict(settings),
+        "versions": versions(),
+    }
+
+
+def _groups(cells: Cells, *keys: str) -> list[Cells]:
+    """The cells that agree in these fields, in the order of the fields."""
+    names = sorted({tuple(cell[key] for key in keys) for cell in cells})
+    return [[cell for cell in cells if tuple(cell[key] for key in keys) == name] for name in names]
+
+
+def _top1(cells: Cells, method: str) -> np.ndarray:
+    return np.array([cell["top1"][method] for cell in cells])
+
+
+def _rows(cells: Cells) -> list[dict[str, Any]]:
+    """Mean, sample deviation and Student's interval over the seeds of a set, a student, a number of shots."""
+    about = {key: cells[0][key] for key in ("set", "student", "shots")}
+    return [{**about, "method": method, **_spread(_top1(cells, method))} for method in cells[0]["top1"]]
+
+
+def _overall(cells: Cells, sets: int) -> list[dict[str, Any]]:
+    """Mean over the sets for one student and number of shots, and its spread over the seeds.
+
+    Seeds that lack a set are left out.
+    """
+    seeds = [seed for seed in _groups(cells, "seed") if len(seed) == sets]
+    if not seeds:
+        return []
+    about = {"student": cells[0]["student"], "shots": cells[0]["shots"], "sets": sets}
+    return [
+        {**about, "method": method, **_spread(np.array([_top1(seed, method).mean() for seed in seeds]))}
+        for method in cells[0]["top1"]
+    ]
+
+
+def _spread(values: np.ndarray) -> dict[str, Any]:
+    return {**over_draws("top1", values), "top1_interval": mean_interval(values), "seeds": len(values)}
+
+
+def paired(cells: Cells) -> list[dict[str, Any]]:
+    """Each method against full fine-tuning on the same photos, one value per set and seed.
+
+    Splits that have not been measured with every student are left out.
+
+    Returns:
+        Rows with `method`, `shots`, `against`, the fields of the paired t-test, and `p_holm`, its p-value
+        corrected for all tests of the table.
+    """
+    students, first = len(_groups(cells, "student")), FIXED[0]
+    found: list[dict[str, Any]] = []
+    for of_shots in _groups(cells, "shots"):
+        splits = [split for split in _groups(of_shots, "set", "seed") if len(split) == students]
+        for method in of_shots[0]["top1"] if splits else ():
+            if method == first:
+                continue
+            ours, theirs = (
+                np.array([_top1(split, name).mean() for split in splits]) for name in (method, first)
+            )
+            about = {"method": method, "shots": of_shots[0]["shots"], "against": first}
+            found.append({**about, **ahead_on_draws(ours, theirs)})
+    corrected = holm([row["p_value"] for row in found])
+    return [{**row, "p_holm": p} for row, p in zip(found, corrected, strict=True)]
+
+
+def standing(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """`adapt` beside the best and the worst fixed method of each set, student and number of shots.
+
+    Only where several seeds give a deviation.
+
+    Returns:
+        `cells` that were compared; `within`, the number of them in which `adapt` is within one standard
+        deviation of the best fixed method (that method's own over the seeds); `to_best` and `to_worst`, mean
+        differences; `best`, how often each fixed method is the best; `best_fixed`, the number that `within`
+        would be with each fixed method in the place of `adapt`.
+    """
+    tables = [group for group in _groups(rows, "set", "student", "shots") if group[0]["seeds"] > 1]
+    if not tables:
+        return {"cells": 0}
+    scores = [{row["method"]: row for row in group} for group in tables]
+    best = [max((table[name] for name in FIXED), key=_mean) for table in scores]
+    worst = [min((table[name] for name in FIXED), key=_mean) for table in scores]
+    close = {
+        name: sum(
+            _mean(table[name]) >= _mean(top) - top["top1_std"]
+            for table, top in zip(scores, best, strict=True)
+        )
+        for name in (ADAPT, *FIXED)
+    }
+    return {
+        "cells": len(tables),
+        "within": close[ADAPT],
+        "to_best": _mean_difference(scores, best),
+        "to_worst": _mean_difference(scores, worst),
+        "best": dict(Counter(str(row["method"]) for row in best)),
+        "best_fixed": {name: close[name] for name in FIXED},
+    }
+
+
+def _mean(row: Mapping[str, Any]) -> float:
+    return float(row["top1_mean"])
+
+
+def _mean_difference(
+    scores: Sequence[Mapping[str, Mapping[str, Any]]], others: Sequence[Mapping[str, Any]]
+) -> float:
+    found = (_mean(table[ADAPT]) - _mean(row) for table, row in zip(scores, others, strict=True))
+    return round(statistics.fmean(found), 4)
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """Means over the sets as Markdown, a table per student, and the standing of `adapt`."""
+    lines: list[str] = []
+    for student in dict.fromkeys(row["student"] for row in result["overall"]):
+        of_student = [row for row in result["overall"] if row["student"] == student]
+        lines += ["", f"{student}, mean over {of_student[0]['sets']} sets ± deviation over the seeds", ""]
+        lines += shots_table(of_student)
+    title = (
+        f"Ahead of full fine-tuning, in points; paired t-tests, Holm's p over all {len(result['paired'])}:"
+    )
+    lines += ["", title, ""]
+    lines += [_paired_line(row) for row in result["paired"]]
+    if result["adapt"]["cells"]:
+        lines += ["", _sentence(result["adapt"])]
+    return "\n".join(lines).strip()
+
+
+def plot(result: Mapping[str, Any], path: Path) -> None:
+    """Plot top-1 over shots, a panel per student; writes nothing without results on every set."""
+    from matplotlib.figure import Figure
+
+    students = list(dict.fromkeys(row["student"] for row in result["overall"]))
+    if not students:
+        return
+    figure = Figure(figsize=(2 + 4.5 * len(students), 4), layout="constrained")
+    panels = figure.subplots(1, len(students), sharey=True, squeeze=False)[0]
+    for axes, student in zip(panels, students, strict=True):
+        lines_over_shots(axes, [row for row in result["overall"] if row["student"] == student])
+        axes.set_title(student)
+    panels[0].set_ylabel("top-1, mean over the sets")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
+    figure.savefig(path, dpi=100)
+
+
+def _paired_line(row: Mapping[str, Any]) -> str:
+    p = row["p_holm"]
+    return ahead_line(row) + ("" if p is None else f", Holm {p:.3f}")
+
+
+def _sentence(found: Mapping[str, Any]) -> str:
+    best = ", ".join(f"{name} {count}" for name, count in found["best"].items())
+    return (
+        f"`adapt` is within one standard deviation of the best fixed method in {found['within']} of "
+        f"{found['cells']} cells, {100 * found['to_best']:+.1f} points from it on average and "
+        f"{100 * found['to_worst']:+.1f} from the worst. Best were: {best}."
+    )
+
+
 def _pairs(_context: click.Context, _option: click.Parameter, texts: Sequence[str]) -> dict[str, str]:
     found = dict(text.partition("=")[::2] for text in texts)
     if not all(name and value for name, value in found.items()):
@@ -238,25 +440,25 @@ def _pairs(_context: click.Context, _option: click.Parameter, texts: Sequence[st
     return found
 
 
-def _subjects(
+def _experiments(
     sets: dict[str, str], weights: dict[str, str], size: int, most: int
-) -> Iterator[tuple[tuple[str, str], Subject]]:
+) -> Iterator[tuple[tuple[str, str], Experiment]]:
     for name, folders in sets.items():
         pool_dir, _, test_dir = folders.partition(":")
         pool, test = ImageSet.scan(Path(pool_dir)), ImageSet.scan(Path(test_dir))
         check_disjoint(pool, test, (pool_dir, test_dir))
-        test = few(test.with_classes(pool.classes), most)
+        test = limited(test.with_classes(pool.classes), most)
         for student, folder in weights.items():
-            yield (name, student), Subject(pool, test, student, Path(folder), size)
+            yield (name, student), Experiment(pool, test, student, Path(folder), size)
 
 
 @click.command(cls=OneLineErrors)
 @click.option("--set", "sets", multiple=True, required=True, callback=_pairs, help="NAME=POOL:TEST folders.")
 @click.option("--weights", multiple=True, required=True, callback=_pairs, help="TIMM_NAME=weights.")
 @click.option("--shots", multiple=True, type=int, default=(1, 2, 4, 8, 16), show_default=True)
-@click.option("--seeds", default=3, show_default=True, help="Draws per number of shots.")
+@click.option("--seeds", default=3, show_default=True, help="Splits per number of shots.")
 @click.option("--size", default=96, show_default=True, help="Input side of the students in pixels.")
-@click.option("--test-images", default=300, show_default=True, help="Test images of a set at the most.")
+@click.option("--test-images", default=300, show_default=True, help="Most test images of a set.")
 @click.option("--adapt-steps", type=int, help="Of `adapt`.  [default: its own]")
 @click.option("--full-steps", default=30, show_default=True, help="Gradient steps over all layers.")
 @click.option("--full-lr", default=0.0005, show_default=True, help="Peak learning rate of all layers.")
@@ -286,21 +488,21 @@ def main(
     work: Path,
     out: Path,
 ) -> None:
-    """Measure every method on every draw of every set with every student; OUT, Markdown and a plot tell."""
-    subjects = dict(_subjects(sets, weights, size, test_images))
-    cells = [Cell(*pair, count, seed) for seed in range(seeds) for count in shots for pair in subjects]
+    """Measure every method on every split of every set with every student."""
+    experiments = dict(_experiments(sets, weights, size, test_images))
+    cells = [Cell(*pair, count, seed) for seed in range(seeds) for count in shots for pair in experiments]
     for cell in cells:
-        k_shot(subjects[cell.set, cell.student].pool, cell.shots, cell.seed)  # refused before any work
+        k_shot(experiments[cell.set, cell.student].pool, cell.shots, cell.seed)  # refused before any work
     settings = AdaptSettings(adapt_steps=adapt_steps)
     training = TrainSettings(lr=full_lr, real_steps=full_steps)
     asked = {"size": size, "c": c, "adapt": asdict(settings), "full": {"steps": full_steps, "lr": full_lr}}
-    asked["n_test"] = {name: len(subject.test) for (name, _), subject in subjects.items()}
+    asked["n_test"] = {name: len(experiment.test) for (name, _), experiment in experiments.items()}
     measured = added(add, asked)
     known = {Cell(*(one[field.name] for field in fields(Cell))) for one in measured}
     text = _write(out, measured, asked)
     for cell in tqdm([one for one in order(cells) if one not in known], unit="cell"):
-        subject = subjects[cell.set, cell.student]
-        measured.append(run_cell(subject, cell, settings, training, c, work))
+        experiment = experiments[cell.set, cell.student]
+        measured.append(run_cell(experiment, cell, settings, training, c, work))
         text = _write(out, measured, asked)
     click.echo(text)
 

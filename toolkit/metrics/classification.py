@@ -126,6 +126,21 @@ def ahead_on_draws(values: np.ndarray, others: np.ndarray) -> dict[str, float | 
     }
 
 
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """p-values corrected for the number of tests (Holm 1979, step down), to four places.
+
+    Args:
+        p_values: of all tests that were made; None for a test that could not be, which does not count.
+    """
+    known = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
+    corrected: list[float | None] = [None] * len(p_values)
+    largest = 0.0
+    for rank, (p, index) in enumerate(known):
+        largest = max(largest, min(1.0, (len(known) - rank) * p))
+        corrected[index] = round(largest, 4)
+    return corrected
+
+
 def _p_value(differences: np.ndarray) -> float | None:
     from scipy.stats import ttest_1samp
 

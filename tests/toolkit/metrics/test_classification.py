@@ -45,3 +45,9 @@ def test_falling_behind_takes_more_than_a_deviation(won: int, lost: int, behind:
     right = np.array([True] * (5 + won) + [False] * (3 + lost))
     rival = np.array([True] * 5 + [False] * (won + 3) + [True] * lost)
     assert metrics.falls_behind(right, rival) == behind
+
+
+def test_holm_steps_down_and_leaves_out_what_was_not_tested() -> None:
+    # R: p.adjust(c(.01, .04, .03, .005), "holm")
+    assert metrics.holm([0.01, 0.04, None, 0.03, 0.005]) == [0.03, 0.06, None, 0.06, 0.02]
+    assert metrics.holm([0.7, 0.6]) == [1.0, 1.0] and metrics.holm([]) == []
