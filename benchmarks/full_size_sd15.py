@@ -1,11 +1,9 @@
-"""A full-size Stable Diffusion 1.5 with random weights: built in fp16 and fp32, and one UNet step timed.
+"""Stable Diffusion 1.5 at full size with random weights: built in fp16 and fp32, and one UNet step timed.
 
-Not part of the test suite: it needs 12 GB of disk, 15 GB of memory and some minutes.
+    python -m benchmarks.full_size_sd15 FOLDER
 
-    python -m benchmarks.full_size_sd15 FOLDER [fp16] [fp32]
-
-The step is of fp32. It runs the commands that anyone would type, each in a process of its own, and prints
-what each took.
+Needs 12 GB of disk and 15 GB of memory. The step is timed in fp32. Every command runs in a process of its
+own, as a user would type it; a line of JSON tells what each took.
 """
 
 from __future__ import annotations
@@ -19,7 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.tiny_models import SCHEDULERS, tiny_tokenizer
+import click
+
+from synthkit.one_line import OneLineErrors
 
 
 def make(model: Path) -> None:
@@ -27,6 +27,8 @@ def make(model: Path) -> None:
     import diffusers
     import torch
     from transformers import CLIPTextConfig, CLIPTextModel
+
+    from tests.tiny_models import SCHEDULERS, tiny_tokenizer
 
     torch.manual_seed(0)
     blocks = (320, 640, 1280, 1280)
@@ -65,7 +67,7 @@ def make(model: Path) -> None:
 
 
 def run(line: list[str]) -> dict[str, Any]:
-    """A command's answer, with its seconds, its processor's seconds and its peak memory."""
+    """Run a module: its command, seconds, CPU seconds, peak memory in GB, and the JSON that it printed."""
     started = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-m", *line], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -78,28 +80,38 @@ def run(line: list[str]) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - started, 1),
         "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),
         "peak_gb": round(used.ru_maxrss * 1024 / 1e9, 2),
-        **(json.loads(answer) if answer else {}),
+        **(json.loads(answer) if answer.startswith("{") else {}),
     }
 
 
-def main(folder: Path, precisions: Sequence[str]) -> None:
-    """Make the model, build it, and in fp32 time a step of the UNet at 512 px and batch 2."""
-    model = str(folder / "model")
-    here = ["synthkit", "--workspace", str(folder)]
-    lines = [["benchmarks.full_size_sd15", "make", model]]
+@click.command(cls=OneLineErrors)
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--precision",
+    "precisions",
+    multiple=True,
+    type=click.Choice(["fp16", "fp32"]),
+    default=("fp16", "fp32"),
+    show_default=True,
+)
+@click.option("--make", "only_make", is_flag=True, help="Only write the model, to FOLDER/model.")
+def main(folder: Path, precisions: Sequence[str], only_make: bool) -> None:
+    """Make the model, build it, and in fp32 time a UNet step of one image of 512 px under guidance."""
+    model = folder / "model"
+    if only_make:
+        make(model)
+        return
+    lines = [["benchmarks.full_size_sd15", str(folder), "--make"]]
     for precision in precisions:
-        out = str(folder / precision)
-        build = ["build-engines", "--model", model, "--precision", precision, "-o", out]
-        lines.append([*here, *build, "--backend", "onnxruntime", "--json"])
+        build = ["synthkit", "--workspace", str(folder), "build-engines", "--model", str(model)]
+        build += ["--precision", precision, "--backend", "onnxruntime", "--json"]
+        lines.append([*build, "-o", str(folder / precision)])
     if "fp32" in precisions:
-        bench = ["bench", "--engines", str(folder / "fp32"), "--unet-step", "--profile", "--batch", "1"]
-        lines.append([*here, *bench, "--json"])
+        step = ["benchmarks.unet_step", str(folder / "fp32"), "--profile"]
+        lines.append([*step, "--out", str(folder / "unet_step.json")])
     for line in lines:
-        print(json.dumps(run(line)), flush=True)
+        click.echo(json.dumps(run(line)))
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "make":
-        make(Path(sys.argv[2]))
-    else:
-        main(Path(sys.argv[1]), sys.argv[2:] or ("fp16", "fp32"))
+    main()

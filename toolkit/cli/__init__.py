@@ -26,7 +26,7 @@ COMMANDS = {
     "predict": "Classify images with a bundle.",
     "evaluate": "Measure a bundle's top-1 on a test folder.",
     "verify": "Check that a bundle is whole and computes what it should.",
-    "bench": "Measure a bundle's or engines' speed and memory.",
+    "bench": "Measure a bundle's speed and memory.",
     "serve": "Answer HTTP requests with a bundle.",
     "compare": "Table of methods, shots and seeds on one data set.",
     "probe": "Where the synthetic-to-real gap sits, unit by unit.",

@@ -147,8 +147,8 @@ def test_a_unet_step_of_sdxl_is_timed(
     from benchmarks import unet_step
 
     monkeypatch.setattr(unet_step, "base_model", lambda folder: str(sdxl))
-    rows = unet_step.bench_unet_step(sdxl_engines, batch=2, guidance=3.0, runs=1)["rows"]
-    assert len(rows) == 3 and rows[-1]["max_difference"] > 0
+    rows = unet_step.measure_step(sdxl_engines, batch=2, guidance=3.0, runs=1).rows
+    assert len(rows) == 3 and rows[-1].max_difference > 0
 
 
 def test_turbo_draws_in_one_step_without_guidance(tiny_engines: Path, tmp_path: Path) -> None:

@@ -66,21 +66,9 @@ def test_bench_hands_its_options_over(workspace: Path, monkeypatch: pytest.Monke
     assert seen[1] == bench_bundle.Plan(str(workspace / "bundle"), threads=all_of_them)
 
 
-def test_bench_engines_calls_its_recipe(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = "benchmarks.sampling_speed"
-    monkeypatch.setattr(f"{recipe}.bench_engines", lambda *given, **named: {"given": given, "named": named})
-    monkeypatch.setattr(f"{recipe}.as_text", lambda measured: "a table")
-    result = call(workspace, "bench", "--engines", "e", "--steps", "4", "--batch", "2", "--json")
-    assert json.loads(result.stdout) == {"given": ["e"], "named": {"batch": 2, "steps": 4}}
-    assert call(workspace, "bench", "--engines", "e").stdout == "a table\n"
-
-
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["bench", "--bundle", "b", "--engines", "e"], "exclude each other"),
-        (["bench", "--engines", "e", "--threads", "1"], "--threads is for a bundle only"),
-        (["bench", "--steps", "3"], "--steps is for engines only"),
         (["bench", "--bundle", "absent"], "no bundle"),
         (["serve", "--bundle", "absent"], "no bundle"),
         (["serve", "--host", "0.0.0.0", "--port", "0"], "give --token, or --no-token"),
