@@ -23,10 +23,8 @@ from synthkit.artifacts import Request, run_stage, versions
 from synthkit.data.images import ImageSet
 from synthkit.data.splits import check_disjoint, draw, stratified_folds
 from synthkit.errors import ConfigError, DataError, ModelError, nearest
-from synthkit.metrics.classification import top1
+from synthkit.metrics.classification import top1, wilson_interval
 from synthkit.recipes.adaptation.strategies import LAST, AdaptPath, Site, Start, course, follow
-from synthkit.recipes.diagnostics.probe_inputs import INPUTS
-from synthkit.recipes.diagnostics.probe_report import advice, recovered
 from synthkit.recipes.settings import AdaptSettings, TrainSettings
 from synthkit.recipes.train import (
     Material,
@@ -47,7 +45,43 @@ SYNTHETIC, REAL = "synthetic", "real"
 FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 SWITCHES = ("statistics", "augmentation", "inputs")
 _AUGMENTATIONS = ("none", "default", "rand-m9-mstd0.5")
+_MOST_OF_IT = 0.5  # share of the gap from which the last units are called the place to adapt
 _HELD_OUT_PARTS = 4  # one of them measures where there are no test images
+
+
+def _photos(pixels: np.ndarray) -> np.ndarray:
+    return pixels
+
+
+def _grey(pixels: np.ndarray) -> np.ndarray:
+    """Brightness without colour."""
+    weights = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
+    return np.repeat((pixels @ weights).round().astype(np.uint8)[..., None], 3, axis=-1)
+
+
+def _edges(pixels: np.ndarray) -> np.ndarray:
+    """Shape without surface: how steep the brightness is, scaled to the image's steepest."""
+    down, right = np.gradient(_grey(pixels)[..., 0].astype(np.float32), axis=(1, 2))
+    steep = np.hypot(down, right)
+    scaled = 255 * steep / np.maximum(steep.max(axis=(1, 2), keepdims=True), 1e-6)
+    return np.repeat(scaled.astype(np.uint8)[..., None], 3, axis=-1)
+
+
+def _patches(pixels: np.ndarray, parts: int = 4) -> np.ndarray:
+    """Texture without shape: the tiles of a grid, shuffled, each image in its own way."""
+    count, height, width, _ = pixels.shape
+    high, wide = height // parts, width // parts
+    tiles = pixels[:, : high * parts, : wide * parts].reshape(count, parts, high, parts, wide, 3)
+    tiles = tiles.transpose(0, 1, 3, 2, 4, 5).reshape(count, parts * parts, high, wide, 3)
+    shuffled = np.stack([one[np.random.default_rng(i).permutation(len(one))] for i, one in enumerate(tiles)])
+    shuffled = shuffled.reshape(count, parts, parts, high, wide, 3).transpose(0, 1, 3, 2, 4, 5)
+    found: np.ndarray = np.array(pixels)
+    found[:, : high * parts, : wide * parts] = shuffled.reshape(count, high * parts, wide * parts, 3)
+    return found
+
+
+#: What a student is shown of an image: all of it, or what is left without colour, surface or shape.
+INPUTS = {"photos": _photos, "grey": _grey, "edges": _edges, "patches": _patches}
 
 
 @dataclass(frozen=True)
@@ -388,3 +422,136 @@ def run_probe(
     }
     asked = {**asdict(settings), "train": asdict(probe.training), "steps": probe.fit_settings().steps}
     return {**found, "advice": advice(found), "settings": asked, "versions": versions()}
+
+
+def recovered(on_curve: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The gap, and the share of it that real photos for the last 1, 2, 4 units recover.
+
+    Args:
+        on_curve: rows with `first`, `k` and `top1`, k from 0 to all units.
+
+    Returns:
+        `gap` (top-1 of `synthetic` and `real` alone, and the difference in `points`) and `recovered` (number
+        of last units -> share; None where synthetic images do not fall behind).
+    """
+    top = {row["k"]: row["top1"] for row in on_curve if row["first"] == "synthetic"}
+    units = max(top)
+    synthetic, real = top[units], top[0]
+    shares = {
+        str(count): round((top[units - count] - synthetic) / (real - synthetic), 4)
+        if real > synthetic
+        else None
+        for count in (1, 2, 4)
+        if units - count in top
+    }
+    gap = {"synthetic": synthetic, "real": real, "points": round(100 * (real - synthetic), 2)}
+    return {"gap": gap, "recovered": shares}
+
+
+def _synthetic_interval(found: Mapping[str, Any]) -> tuple[float, float]:
+    total = found["n_test"]
+    return wilson_interval(round(found["gap"]["synthetic"] * total), total)
+
+
+def _tells_a_gap(found: Mapping[str, Any]) -> bool:
+    return bool(found["gap"]["real"] > _synthetic_interval(found)[1])
+
+
+def advice(found: Mapping[str, Any]) -> str:
+    """One sentence: what to do about the gap that was found.
+
+    Args:
+        found: `gap`, `recovered`, `n_test` and `classes`, their number.
+    """
+    if not _tells_a_gap(found):
+        return _no_gap(found)
+    gap = found["gap"]
+    shares = found["recovered"]
+    enough = [count for count, share in shares.items() if share >= _MOST_OF_IT]
+    if enough:
+        return (
+            f"Real photos for the last {enough[0]} unit(s) recover {shares[enough[0]]:.0%} of the gap of "
+            f"{gap['points']:.1f} points: adapt with --layers {enough[0]}."
+        )
+    best = max(shares, key=lambda count: shares[count])
+    return (
+        f"Even the last {best} units recover only {shares[best]:.0%} of the gap of {gap['points']:.1f} "
+        "points, so it begins before them: train all layers on the photos (--path full), or draw better "
+        "images."
+    )
+
+
+def _no_gap(found: Mapping[str, Any]) -> str:
+    synthetic, real = (found["gap"][side] for side in ("synthetic", "real"))
+    about = f"{synthetic:.1%} with synthetic images, {real:.1%} with real photos"
+    if max(synthetic, real) < (1 + 1 / found["classes"]) / 2:  # halfway from chance to no error
+        return f"No gap to see yet: {about}, so neither student has learned much; give more --epochs."
+    low, high = _synthetic_interval(found)
+    return (
+        f"No gap to close: {about}, and {found['n_test']} photos tell no difference below "
+        f"{100 * (high - low) / 2:.1f} points."
+    )
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """All tables, and the advice."""
+    lines = [f"Top-1 on {found['n_test']} real photos", "", *_curve_table(found)]
+    if _tells_a_gap(found):
+        lines += ["", *(f"- last {n} unit(s): {s:.0%} of the gap" for n, s in found["recovered"].items())]
+    if found["efficiency"]:
+        lines += ["", *_efficiency_table(found["efficiency"])]
+    if found["switches"]:
+        lines += ["", "| switch | synthetic | real |", "|---|---:|---:|"]
+        lines += [
+            f"| {row['switch']} | {_cell(row.get('synthetic'))} | {_cell(row.get('real'))} |"
+            for row in found["switches"]
+        ]
+    return "\n".join([*lines, "", found["advice"]])
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _curve_table(found: Mapping[str, Any]) -> Iterator[str]:
+    top = {(row["first"], row["k"]): row["top1"] for row in found["curve"]}
+    yield "| units 1..k | up to | first synthetic, then real | first real, then synthetic |"
+    yield "|---:|---|---:|---:|"
+    for k in sorted({k for _, k in top}):
+        last = found["units"][k - 1] if k else ""
+        yield f"| {k} | {last} | {_cell(top['synthetic', k])} | {_cell(top['real', k])} |"
+
+
+def _efficiency_table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    ways = list(dict.fromkeys(row["way"] for row in rows))
+    top = {(row["photos"], row["way"]): row["top1"] for row in rows}
+    yield f"| real photos | {' | '.join(ways)} |"
+    yield "|---:" * (1 + len(ways)) + "|"
+    for photos in sorted({photos for photos, _ in top}):
+        yield f"| {photos} | {' | '.join(_cell(top[photos, way]) for way in ways)} |"
+
+
+def plot(found: Mapping[str, Any], path: Path) -> None:
+    """The curve over k, and beside it the one over the number of real photos."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    over_units, over_photos = figure.subplots(1, 2, sharey=True)
+    for first, second in (("synthetic", "real"), ("real", "synthetic")):
+        rows = [row for row in found["curve"] if row["first"] == first]
+        label = f"1..k {first}, rest {second}"
+        over_units.plot([row["k"] for row in rows], [row["top1"] for row in rows], marker="o", label=label)
+    over_units.set(xlabel="k, units that learned the first domain", ylabel="top-1 on real photos")
+    for way in dict.fromkeys(one["way"] for one in found["efficiency"]):
+        rows = [row for row in found["efficiency"] if row["way"] == way]
+        over_photos.plot(
+            [row["photos"] for row in rows], [row["top1"] for row in rows], marker="o", label=way
+        )
+    over_photos.set_xscale("log", base=2)
+    over_photos.set_xticks(sorted({row["photos"] for row in found["efficiency"]}))
+    over_photos.xaxis.set_major_formatter("{x:g}")
+    over_photos.set(xlabel="real photos")
+    for axes in (over_units, over_photos):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=100)

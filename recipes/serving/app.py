@@ -6,7 +6,8 @@
     GET  /                a page where one drops a photo or uses the camera
 
 A request is admitted or refused before its body is read, so memory is bounded by `Limits`. Decoding and
-inference run in worker threads; the event loop only moves bytes.
+inference run in worker threads; the event loop only moves bytes. uvicorn sets no deadline for a request's
+head: where strangers can reach the service, put a proxy with such a deadline before it.
 """
 
 from __future__ import annotations
@@ -25,9 +26,8 @@ from typing import TYPE_CHECKING, Any
 
 from synthkit.errors import ConfigError
 from synthkit.recipes.serving.live_bundle import Current, LiveBundle
+from synthkit.recipes.serving.metrics import Asgi, Metrics
 from synthkit.recipes.serving.request import Limits, Refusal, classify, image_bytes, wanted_labels
-from synthkit.recipes.serving.serve_http import HEAD_BYTES, Asgi, impatient_protocol, refusing_large_heads
-from synthkit.recipes.serving.serve_metrics import Metrics
 
 if TYPE_CHECKING:
     import uvicorn
@@ -47,6 +47,7 @@ _PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 _CONNECTIONS = 512
+_HEAD_BYTES = 16 * 2**10  # of a request's head while it is incomplete
 _GOODBYE_SECONDS = 30  # for requests in work when the service ends
 _REFRESH_SECONDS = 1.0
 
@@ -87,7 +88,7 @@ class Service:
             Exception: _failed,
         }
         app = Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
-        return self.metrics.counting(refusing_large_heads(app), [route.path for route in routes])
+        return self.metrics.counting(app, [route.path for route in routes])
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -220,14 +221,14 @@ def make_server(service: Service) -> uvicorn.Server:
 
     config = uvicorn.Config(
         service.app(),
-        http=impatient_protocol(service.limits.seconds),
+        http="h11",
         ws="none",
         loop="asyncio",
         log_level="warning",
         access_log=False,
         server_header=False,
         limit_concurrency=_CONNECTIONS,
-        h11_max_incomplete_event_size=HEAD_BYTES,
+        h11_max_incomplete_event_size=_HEAD_BYTES,
         timeout_graceful_shutdown=_GOODBYE_SECONDS,
     )
     return uvicorn.Server(config)

@@ -30,7 +30,7 @@ class Limits:
         pixels: largest image, width times height.
         waiting: requests for answers that may be there at once, in work and in the queue.
         jobs: images decoded and classified at once.
-        seconds: how long a client may take to send a request's head, and again to send its body.
+        seconds: how long a client may take to send a request's body.
     """
 
     body_bytes: int = 10 * 2**20
@@ -148,10 +148,8 @@ def _check_kind(data: bytes, most_pixels: int) -> None:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
-    except (
-        Image.DecompressionBombWarning,
-        Image.DecompressionBombError,
-    ):  # the warning, where it is an error
+    # The warning is raised where warnings are errors.
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise Refusal(413, f"the image has more than {most_pixels} pixels; send a smaller one") from None
     except Exception:  # decoders raise whatever a broken head provokes
         raise Refusal(415, f"not an image that this service reads ({', '.join(FORMATS)})") from None

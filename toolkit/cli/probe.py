@@ -60,8 +60,14 @@ def command(
     """
     from synthkit.artifacts import workspace_lock, write_bytes, write_json
     from synthkit.data.images import ImageSet
-    from synthkit.recipes.diagnostics.probe import Probe, ProbeSettings, held_out, run_probe
-    from synthkit.recipes.diagnostics.probe_report import markdown, plot
+    from synthkit.recipes.diagnostics.probe import (
+        Probe,
+        ProbeSettings,
+        held_out,
+        markdown,
+        plot,
+        run_probe,
+    )
 
     found = options.gather_settings(config, values, "train", "adapt")
     named = () if switches == "none" else tuple(name.strip() for name in switches.split(","))

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 )
 @click.option(
     "--timeout", type=click.FloatRange(min=0.1), default=20.0, show_default=True,
-    help="Seconds that a client has to send its request.",
+    help="Seconds that a client has to send an image.",
 )  # fmt: skip
 def command(
     workspace: Path, bundle: Path | None, precision: str | None, host: str, port: int, token: str | None,

@@ -15,8 +15,7 @@ pytest.importorskip("sklearn")
 from synthkit.data.images import ImageSet
 from synthkit.errors import DataError
 from synthkit.learning.students import Student
-from synthkit.recipes.diagnostics.gap import measure_gap
-from synthkit.recipes.diagnostics.gap_advice import advise
+from synthkit.recipes.diagnostics.gap import advise, measure_gap
 from tests.tiny_students import lively_student
 
 CLASSES = ("circle", "cross", "square")

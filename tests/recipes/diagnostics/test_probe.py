@@ -20,18 +20,20 @@ from synthkit.data.images import ImageSet
 from synthkit.errors import ConfigError, DataError
 from synthkit.recipes.diagnostics import probe as recipe
 from synthkit.recipes.diagnostics.probe import (
+    INPUTS,
     REAL,
     SYNTHETIC,
     Probe,
     ProbeSettings,
+    advice,
     copy_units,
     held_out,
+    markdown,
     mixed_student,
     points,
+    recovered,
     share,
 )
-from synthkit.recipes.diagnostics.probe_inputs import INPUTS
-from synthkit.recipes.diagnostics.probe_report import advice, markdown, recovered
 from synthkit.recipes.settings import TrainSettings
 from tests.tiny_students import colour_folders, lively_student, noise
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Awaitable, Callable, Collection
 from typing import Any
 
 from synthkit.recipes.serving.live_bundle import LiveBundle
-from synthkit.recipes.serving.serve_http import Asgi
+
+Asgi = Callable[[Any, Any, Any], Awaitable[None]]
 
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
@@ -37,9 +38,11 @@ class Metrics:
             registry=registry,
         )
         self._bundle = Gauge(
-            "synthkit_bundle_info", "Which bundle answers.", ["version", "digest", "precision"],
+            "synthkit_bundle_info",
+            "Which bundle answers.",
+            ["version", "digest", "precision"],
             registry=registry,
-        )  # fmt: skip
+        )
         self._problem = Gauge(
             "synthkit_bundle_problem", "1 while the folder holds a bundle that is broken.", registry=registry
         )
@@ -69,20 +72,18 @@ class Metrics:
                 return await app(scope, receive, send)
             started = time.perf_counter()
 
-            async def noting(message: Any) -> None:
-                if (
-                    message["type"] == "http.response.start"
-                ):  # before it is sent: whoever got an answer is counted
-                    self._note(
-                        scope["path"] if scope["path"] in paths else "other", message["status"], started
-                    )
+            async def send_counted(message: Any) -> None:
+                # Counted before it is sent, so that whoever got an answer is in the figures.
+                if message["type"] == "http.response.start":
+                    path = scope["path"] if scope["path"] in paths else "other"
+                    self._count(path, message["status"], started)
                 await send(message)
 
-            await app(scope, receive, noting)
+            await app(scope, receive, send_counted)
 
         return counted
 
-    def _note(self, path: str, status: int, started: float) -> None:
+    def _count(self, path: str, status: int, started: float) -> None:
         self._requests.labels(path, str(status)).inc()
         if (path, status) == ("/predict", 200):
             self._seconds.observe(time.perf_counter() - started)
