@@ -47,7 +47,7 @@ class TensorRt:
         module: the `tensorrt` package.
         version: its version with the build number.
         logger: what every TensorRT object is given.
-        complaints: the errors that it has logged; its calls themselves give no reason.
+        errors: the errors that it has logged; its calls themselves give no reason.
 
     Raises:
         EngineError: the package does not import.
@@ -57,10 +57,10 @@ class TensorRt:
     def __init__(self) -> None:
         self.module = _import()
         self.version = str(self.module.__version__)
-        self.complaints: list[str] = []
-        self.logger = _logger(self.module, self.complaints)
+        self.errors: list[str] = []
+        self.logger = _logger(self.module, self.errors)
 
-    def got(self, action: str, value: Value | None) -> Value:
+    def check(self, action: str, value: Value | None) -> Value:
         """The value of a call, which TensorRT answers with None, False or a negative number when it fails.
 
         Args:
@@ -91,9 +91,9 @@ class TensorRt:
             raise self.failure(action, NO_DEVICE) from None
 
     def failure(self, action: str, detail: str = "") -> EngineError:
-        """The error that names the action, TensorRT's complaints since the last failure, and the way out."""
-        reasons = [*self.complaints, detail] if self.complaints or detail else ["it gives no reason"]
-        self.complaints.clear()
+        """The error that names the action, the errors that TensorRT logged since the last failure, and the way out."""
+        reasons = [*self.errors, detail] if self.errors or detail else ["it gives no reason"]
+        self.errors.clear()
         text = " ".join(" ".join(reasons).split())
         advice = next((advice for needle, advice in _ADVICE.items() if needle in text), "")
         advice = advice or "see --verbose, or use --backend onnxruntime"
@@ -126,7 +126,7 @@ def probe_tensorrt() -> str | None:
     try:
         runtime = rt.module.Runtime(rt.logger)
     except Exception as error:  # the bindings raise TypeError and RuntimeError where there is no device
-        reason = "; ".join(rt.complaints) or (NO_DEVICE if "nullptr" in str(error) else str(error))
+        reason = "; ".join(rt.errors) or (NO_DEVICE if "nullptr" in str(error) else str(error))
         return f"TensorRT {rt.version} cannot start: {' '.join(reason.split())}"
     return None if runtime else f"TensorRT {rt.version} finds no usable GPU"
 
@@ -142,7 +142,7 @@ def tensorrt_version() -> str | None:
         return None
 
 
-def _logger(trt: Any, complaints: list[str]) -> Any:
+def _logger(trt: Any, errors: list[str]) -> Any:
     """A logger that keeps errors and passes everything on to Python's logging."""
     levels = {
         trt.ILogger.INTERNAL_ERROR: logging.DEBUG,  # errors are raised with their text; here they are for -v
@@ -158,7 +158,7 @@ def _logger(trt: Any, complaints: list[str]) -> Any:
 
         def log(self, severity: Any, msg: str) -> None:
             if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
-                complaints.append(msg.strip())
+                errors.append(msg.strip())
             log.log(levels.get(severity, logging.DEBUG), "TensorRT: %s", msg.strip())
 
     return Logger()

@@ -32,13 +32,13 @@ def build_engine(rt: TensorRt, plan: BuildPlan, onnx: Path, timings: Path) -> by
     """
     with rt.guard(f"start the builder for {plan.component}"):
         builder = rt.module.Builder(rt.logger)
-        network = rt.got("make a network", builder.create_network(_network_flags(rt, plan)))
+        network = rt.check("make a network", builder.create_network(_network_flags(rt, plan)))
         parser = rt.module.OnnxParser(network, rt.logger)
         if plan.portable:  # on 8.6 the default is a plugin, which such plans must not hold
             parser.set_flag(rt.module.OnnxParserFlag.NATIVE_INSTANCENORM)
     if not parser.parse_from_file(str(onnx)):
         raise rt.failure(f"read {onnx}", _parser_errors(parser))
-    config = rt.got("make a builder configuration", builder.create_builder_config())
+    config = rt.check("make a builder configuration", builder.create_builder_config())
     with rt.guard(f"set up the builder for {plan.component}"):
         _configure(rt, config, plan)
         _add_profile(rt, builder, config, plan)
@@ -51,7 +51,7 @@ def build_engine(rt: TensorRt, plan: BuildPlan, onnx: Path, timings: Path) -> by
         content = builder.build_serialized_network(network, config)
     if progress.error:
         raise progress.error
-    engine = bytes(rt.got(f"build {plan.component}", content))
+    engine = bytes(rt.check(f"build {plan.component}", content))
     save_timings(config, timings)
     return engine
 
@@ -89,10 +89,10 @@ def _member(rt: TensorRt, kind: Any, name: str) -> Any:
 
 
 def _add_profile(rt: TensorRt, builder: Any, config: Any, plan: BuildPlan) -> None:
-    profile = rt.got("make an optimisation profile", builder.create_optimization_profile())
+    profile = rt.check("make an optimisation profile", builder.create_optimization_profile())
     for one in plan.profiles:
         profile.set_shape(one.name, one.minimum, one.usual, one.maximum)
-    rt.got(f"take the batch range of {plan.component}", config.add_optimization_profile(profile))
+    rt.check(f"take the batch range of {plan.component}", config.add_optimization_profile(profile))
 
 
 def _parser_errors(parser: Any) -> str:

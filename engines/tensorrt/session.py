@@ -149,9 +149,9 @@ class TensorRtSession:
 
     def layers(self) -> str:
         """JSON of the engine inspector on every layer."""
-        inspector = self._rt.got(f"inspect {self._label}", self._engine.create_engine_inspector())
+        inspector = self._rt.check(f"inspect {self._label}", self._engine.create_engine_inspector())
         information = inspector.get_engine_information(self._rt.module.LayerInformationFormat.JSON)
-        return str(self._rt.got(f"inspect {self._label}", information))
+        return str(self._rt.check(f"inspect {self._label}", information))
 
     def _check(self, given: Mapping[str, TensorSpec]) -> None:
         if self._engine is None:
@@ -195,18 +195,18 @@ class TensorRtSession:
 
     def _new_lane(self, shapes: tuple[tuple[int, ...], ...]) -> _Lane:
         rt, label = self._rt, self._label
-        context = rt.got(f"make a context for {label}", self._engine.create_execution_context())
+        context = rt.check(f"make a context for {label}", self._engine.create_execution_context())
         for spec, shape in zip(self.inputs, shapes, strict=True):
-            rt.got(f"set {spec.name} of {label} to {shape}", context.set_input_shape(spec.name, shape))
-        missing = rt.got(f"infer the shapes of {label}", context.infer_shapes())
+            rt.check(f"set {spec.name} of {label} to {shape}", context.set_input_shape(spec.name, shape))
+        missing = rt.check(f"infer the shapes of {label}", context.infer_shapes())
         if missing:
             raise rt.failure(f"infer the shapes of {label}", f"not enough is known of {missing}")
         buffers = {}
         for spec in (*self.inputs, *self.outputs):
-            shape = rt.got(f"tell the shape of {spec.name}", context.get_tensor_shape(spec.name))
+            shape = rt.check(f"tell the shape of {spec.name}", context.get_tensor_shape(spec.name))
             buffers[spec.name] = self._buffer(spec, tuple(shape))
             address = buffers[spec.name].data_ptr()
-            rt.got(f"bind {spec.name} of {label}", context.set_tensor_address(spec.name, address))
+            rt.check(f"bind {spec.name} of {label}", context.set_tensor_address(spec.name, address))
         return _Lane(context, buffers)
 
     def _buffer(self, spec: TensorSpec, shape: tuple[int, ...]) -> Any:
@@ -247,12 +247,12 @@ class TensorRtSession:
         return graph
 
     def _execute(self, lane: _Lane) -> None:
-        self._rt.got(f"run {self._label}", lane.context.execute_async_v3(self._stream.cuda_stream))
+        self._rt.check(f"run {self._label}", lane.context.execute_async_v3(self._stream.cuda_stream))
 
     def _asked(self, method: str, *arguments: Any) -> Any:
         action = f"answer {method} for {self._label}"
         with self._rt.guard(action):
-            return self._rt.got(action, getattr(self._engine, method)(*arguments))
+            return self._rt.check(action, getattr(self._engine, method)(*arguments))
 
     def _range(self, name: str) -> tuple[int, int]:
         low, _, high = self._asked("get_tensor_profile_shape", name, 0)
@@ -299,11 +299,11 @@ def deserialize(
         EngineError: TensorRT does not start or does not take the engine.
     """
     with rt.guard("start"):
-        runtime = rt.got("start", rt.module.Runtime(rt.logger))
+        runtime = rt.check("start", rt.module.Runtime(rt.logger))
     if allow_host_code:
         runtime.engine_host_code_allowed = True
     with rt.guard(f"load {label}"):
-        engine = rt.got(f"load {label}", runtime.deserialize_cuda_engine(content))
+        engine = rt.check(f"load {label}", runtime.deserialize_cuda_engine(content))
         return TensorRtSession(rt, engine, label, rows_per_image)
 
 

@@ -56,7 +56,7 @@ def test_what_tensorrt_logs(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogC
     assert "load it: Version tag does not match" in str(error) and "another TensorRT version; rebuild" in str(
         error
     )
-    assert "it gives no reason; see --verbose" in str(rt.failure("load it")), "each complaint is told once"
+    assert "it gives no reason; see --verbose" in str(rt.failure("load it")), "each error is told once"
 
 
 def test_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
