@@ -45,7 +45,7 @@ def component_precisions(geometry: Geometry, precision: str, vae_precision: str 
         vae_precision: of the VAE; None: the same, but fp32 where its activations overflow in half precision,
             as SDXL's do (black images).
     """
-    vae = vae_precision or ("fp32" if geometry.delicate else precision)
+    vae = vae_precision or ("fp32" if geometry.vae_force_upcast else precision)
     return {
         spec.component: vae if spec.component.startswith("vae_") else precision
         for spec in component_specs(geometry)

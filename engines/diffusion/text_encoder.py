@@ -70,7 +70,7 @@ def embed(
         _check_style(style, geometry)
     hidden, pooled = [], [np.zeros((len(prompts), 0), np.float32)]
     for text in geometry.texts:
-        answers = _encode(folder, text, geometry.length, prompts, styles, provider)
+        answers = _encode(folder, text, geometry.max_tokens, prompts, styles, provider)
         hidden.append(answers[text.hidden])
         if text.pooled:
             pooled.append(answers["text_embeds"])
@@ -126,7 +126,7 @@ def write_embeddings(path: Path, key: str, prompts: TextEmbeddings, none: TextEm
 def unconditional(folder: Path, geometry: Geometry, provider: str = "cpu") -> TextEmbeddings:
     """The embedding of no prompt, one row: of the empty text, or zeros where the pipeline says so."""
     if _read_index(folder).get("force_zeros_for_empty_prompt"):
-        hidden = np.zeros((1, geometry.length, geometry.width), np.float32)
+        hidden = np.zeros((1, geometry.max_tokens, geometry.width), np.float32)
         return TextEmbeddings(hidden, np.zeros((1, geometry.pooled), np.float32))
     return embed(folder, geometry, [""], provider=provider)
 

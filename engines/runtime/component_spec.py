@@ -77,23 +77,23 @@ class Geometry:
         image: side of an image in pixels.
         latent: side of a latent.
         channels: latent channels.
-        step: an image's side must be a multiple of it, in pixels.
-        length: tokens of a prompt.
+        size_multiple: an image's side must be a multiple of it, in pixels.
+        max_tokens: length of a tokenised prompt.
         texts: the text encoders.
         scaling: latents are divided by it before they are decoded.
         shift: added to latents after that.
-        delicate: whether the VAE overflows in half precision, as its config says.
+        vae_force_upcast: the VAE overflows in half precision, by its config's flag `force_upcast`.
     """
 
     image: int
     latent: int
     channels: int
-    step: int
-    length: int
+    size_multiple: int
+    max_tokens: int
     texts: tuple[TextSpec, ...]
     scaling: float
     shift: float
-    delicate: bool
+    vae_force_upcast: bool
 
     @property
     def width(self) -> int:
@@ -146,22 +146,22 @@ def read_geometry(folder: Path, size: int | None = None) -> Geometry:
     try:
         texts = _texts(folder, unet)
         pixels_per_latent = 2 ** (len(vae["block_out_channels"]) - 1)
-        step = pixels_per_latent * 2 ** (len(unet["block_out_channels"]) - 1)
+        size_multiple = pixels_per_latent * 2 ** (len(unet["block_out_channels"]) - 1)
         image = size or unet["sample_size"] * pixels_per_latent
         _check_kind(folder, unet, texts)
-        _check_size(image, step)
+        _check_size(image, size_multiple)
         return Geometry(
             image=image,
             latent=image // pixels_per_latent,
             channels=unet["in_channels"],
-            step=step,
-            length=_config(folder, "text_encoder")["max_position_embeddings"],
+            size_multiple=size_multiple,
+            max_tokens=_config(folder, "text_encoder")["max_position_embeddings"],
             texts=texts,
             scaling=vae.get("scaling_factor") or 0.18215,
             shift=vae.get("shift_factor") or 0.0,
             # Configs of Stable Diffusion 1.x and 2.x have the flag too, as diffusers' default; only SDXL's
             # decoder needs it.
-            delicate=bool(vae.get("force_upcast", True)) and len(texts) > 1,
+            vae_force_upcast=bool(vae.get("force_upcast", True)) and len(texts) > 1,
         )
     except (KeyError, TypeError) as error:
         raise ModelError(f"the config files of {folder} lack {error}; supported are {SUPPORTED}") from None
@@ -215,11 +215,11 @@ def _check_kind(folder: Path, unet: dict[str, Any], texts: tuple[TextSpec, ...])
         )
 
 
-def _check_size(image: int, step: int) -> None:
-    if image % step:
-        low = max(image // step * step, step)
+def _check_size(image: int, multiple: int) -> None:
+    if image % multiple:
+        low = max(image // multiple * multiple, multiple)
         raise ConfigError(
-            f"size = {image} must be a multiple of {step} pixels for this model, e.g. {low} or {low + step}"
+            f"size = {image} must be a multiple of {multiple} pixels for this model, e.g. {low} or {low + multiple}"
         )
 
 
@@ -229,7 +229,7 @@ def component_specs(geometry: Geometry) -> tuple[EngineSpec, ...]:
     latent = ("batch", channels, side, side)
     image = ("batch", 3, geometry.image, geometry.image)
     return (
-        *(_text_engine(text, geometry.length) for text in geometry.texts),
+        *(_text_engine(text, geometry.max_tokens) for text in geometry.texts),
         _engine("unet", _unet_inputs(geometry), [TensorSpec("out_sample", "float32", latent)]),
         _engine(
             "vae_decoder",
@@ -248,11 +248,11 @@ def _engine(name: str, inputs: list[TensorSpec], outputs: list[TensorSpec]) -> E
     return EngineSpec(name, f"{name}/model.onnx", tuple(inputs), tuple(outputs))
 
 
-def _text_engine(text: TextSpec, length: int) -> EngineSpec:
-    outputs = [TensorSpec(text.hidden, "float32", ("batch", length, text.width))]
+def _text_engine(text: TextSpec, max_tokens: int) -> EngineSpec:
+    outputs = [TensorSpec(text.hidden, "float32", ("batch", max_tokens, text.width))]
     if text.pooled:
         outputs.append(TensorSpec("text_embeds", "float32", ("batch", text.pooled)))
-    return _engine(text.component, [TensorSpec("input_ids", "int64", ("batch", length))], outputs)
+    return _engine(text.component, [TensorSpec("input_ids", "int64", ("batch", max_tokens))], outputs)
 
 
 def _unet_inputs(geometry: Geometry) -> list[TensorSpec]:
@@ -260,7 +260,7 @@ def _unet_inputs(geometry: Geometry) -> list[TensorSpec]:
     inputs = [
         TensorSpec("sample", "float32", ("batch", geometry.channels, side, side)),
         TensorSpec("timestep", "float32", ()),
-        TensorSpec("encoder_hidden_states", "float32", ("batch", geometry.length, geometry.width)),
+        TensorSpec("encoder_hidden_states", "float32", ("batch", geometry.max_tokens, geometry.width)),
     ]
     if geometry.pooled:
         inputs.append(TensorSpec("text_embeds", "float32", ("batch", geometry.pooled)))

@@ -30,7 +30,7 @@ def pipeline_folder(folder: Path, **changes: dict[str, object]) -> Path:
 
 def test_the_geometry_of_stable_diffusion(tmp_path: Path) -> None:
     geometry = read_geometry(pipeline_folder(tmp_path))
-    assert (geometry.image, geometry.latent, geometry.step) == (512, 64, 64)
+    assert (geometry.image, geometry.latent, geometry.size_multiple) == (512, 64, 64)
     assert (geometry.scaling, geometry.shift) == (0.18215, 0.0)
     assert read_geometry(tmp_path, size=256).latent == 32
 
