@@ -71,16 +71,16 @@ def check_graph(path: Path, precision: str, opset: int) -> None:
     found = next(one.version for one in model.opset_import if not one.domain)
     if found != opset:
         raise EngineError(f"the graph {path.parent.name} has opset {found}, asked for was {opset}")
-    census = weight_census(model)
-    share = census[_DTYPES[precision]] / max(census.total(), 1)
+    histogram = dtype_histogram(model)
+    share = histogram[_DTYPES[precision]] / max(histogram.total(), 1)
     if share < _SHARE:
         raise EngineError(
             f"the graph {path.parent.name} is not {precision}: of its weights {share:.1%} are "
-            f"({dict(census)}); rebuild with another --opset"
+            f"({dict(histogram)}); rebuild with another --opset"
         )
 
 
-def weight_census(model: Any) -> Counter[str]:
+def dtype_histogram(model: Any) -> Counter[str]:
     """ONNX type name -> number of floating-point weights of that type, constants in the graph among them."""
     from onnx import TensorProto
 
@@ -92,11 +92,11 @@ def weight_census(model: Any) -> Counter[str]:
         for attribute in node.attribute
         if attribute.name == "value"
     ]
-    census: Counter[str] = Counter()
+    histogram: Counter[str] = Counter()
     for tensor in (*model.graph.initializer, *constants):
         if tensor.data_type in floating:
             count = 1
             for side in tensor.dims:
                 count *= side
-            census[TensorProto.DataType.Name(tensor.data_type)] += count
-    return census
+            histogram[TensorProto.DataType.Name(tensor.data_type)] += count
+    return histogram

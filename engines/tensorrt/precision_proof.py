@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from synthkit.engines.runtime.graph_check import weight_census
+from synthkit.engines.runtime.graph_check import dtype_histogram
 from synthkit.engines.tensorrt.build_plan import BuildPlan
 from synthkit.errors import EngineError, MissingExtra
 
@@ -33,7 +33,7 @@ def graph_weights(onnx_path: Path) -> Counter[str]:
         import onnx
     except ImportError:
         raise MissingExtra("onnx", "train") from None
-    return weight_census(onnx.load(onnx_path, load_external_data=False))
+    return dtype_histogram(onnx.load(onnx_path, load_external_data=False))
 
 
 def main_precision(weights: Counter[str]) -> str:
@@ -56,7 +56,7 @@ def prove_precision(plan: BuildPlan, information: str, size: int, weights: int) 
     Raises:
         EngineError: the engine has another precision, or nothing tells which it has.
     """
-    counted, tensors = _census(information)
+    counted, tensors = _dtype_histograms(information)
     if sum(counted.values()) >= weights / 2:
         return _judged(plan, counted, "weights in its layers")
     if weights >= _LARGE and "VERSION_COMPATIBLE" not in plan.flags:  # such a plan also holds a runtime
@@ -87,7 +87,7 @@ def _wrong(plan: BuildPlan, seen: str) -> EngineError:
     )
 
 
-def _census(information: str) -> tuple[Counter[str], Counter[str]]:
+def _dtype_histograms(information: str) -> tuple[Counter[str], Counter[str]]:
     """Precision -> number of weights, and of tensors, in what the inspector says of the layers.
 
     8 and 10 name a tensor's type in "Format/Datatype", 11 in "DataType"; weights have "Type" and "Count".

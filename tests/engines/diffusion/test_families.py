@@ -92,12 +92,12 @@ def test_a_style_token_does_not_fit_sdxl(sdxl_engines: Path, tiny_style: Path) -
 
 
 def test_sdxl_in_half_precision_keeps_the_vae_in_fp32(sdxl: Path, tmp_path: Path) -> None:
-    from synthkit.engines.runtime.graph_check import weight_census
+    from synthkit.engines.runtime.graph_check import dtype_histogram
 
     assert read_geometry(sdxl).vae_force_upcast
     export_pipeline(sdxl, tmp_path / "half", "fp16")
     found = {
-        name: weight_census(onnx.load(tmp_path / "half" / name / "model.onnx")).most_common(1)[0][0]
+        name: dtype_histogram(onnx.load(tmp_path / "half" / name / "model.onnx")).most_common(1)[0][0]
         for name in ("text_encoder_2", "unet", "vae_decoder", "vae_encoder")
     }
     assert found == {

@@ -7,7 +7,7 @@ import pytest
 
 from synthkit.engines.runtime import graph_check as onnx_gate
 from synthkit.engines.runtime.component_spec import component_specs, read_geometry
-from synthkit.engines.runtime.graph_check import check_graph, finish_graph, weight_census
+from synthkit.engines.runtime.graph_check import check_graph, finish_graph, dtype_histogram
 from synthkit.engines.runtime.session import open_session
 from synthkit.errors import EngineError
 
@@ -33,7 +33,7 @@ def write(path: Path, second: type = np.float32, opset: int = OPSET) -> Path:
 def test_a_sound_graph_passes(tmp_path: Path) -> None:
     path = write(tmp_path / "model.onnx")
     check_graph(path, "fp32", OPSET)
-    assert weight_census(onnx.load(path)) == {"FLOAT": 400}
+    assert dtype_histogram(onnx.load(path)) == {"FLOAT": 400}
 
 
 @pytest.mark.parametrize(
