@@ -282,7 +282,7 @@ def _rows(
 
 def _tolerance(path: Path, guidance: float) -> float:
     """The parity check's, enlarged by guidance: (1 - g) a + g b errs by up to 2g - 1 times as much."""
-    from synthkit.engines.tensorrt.precision_proof import graph_weights, main_precision
+    from synthkit.engines.tensorrt.precision_check import graph_weights, main_precision
 
     return TOLERANCE[main_precision(graph_weights(path))] * max(1.0, 2 * guidance - 1)
 

@@ -188,7 +188,7 @@ def _vae() -> Any:
 
 
 def _lively(model: Any) -> Any:
-    """The model with every parameter drawn anew: outputs near zero, as of fresh networks, prove nothing."""
+    """The model with every parameter drawn anew: outputs near zero, as of fresh networks, show nothing."""
     import torch
 
     with torch.no_grad():

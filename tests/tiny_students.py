@@ -28,7 +28,7 @@ class TinyStudent:
 
 
 def lively_student(seed: int = 0, classes: Sequence[str] = CLASSES, name: str = "test_resnet") -> Student:
-    """A synthkit student with random BatchNorm statistics and head: its logits prove something."""
+    """A synthkit student with random BatchNorm statistics and head: its logits show something."""
     from synthkit.learning.students import Student
 
     tiny = tiny_student(seed, classes, name)

@@ -1,4 +1,4 @@
-"""A program that runs a command line and proves that no heavy package was imported on the way."""
+"""A program that runs a command line and verifies that no heavy package was imported on the way."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@
     triton              a model repository; Triton takes the uint8 images as they are
 
 Everything here was written from the systems' documentation and sources and was not run on their hardware;
-what can be proven without it is that a rearranged model gives the probabilities of the bundle's.
+what can be verified without it is that a rearranged model gives the probabilities of the bundle's.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Material:
         default: the one that runs when none is named.
         labels: class names in the order of the logits.
         preprocessing: how an image becomes the model's input.
-        images: uint8 [N, height, width, 3] to prove a rearranged model on.
+        images: uint8 [N, height, width, 3] to verify a rearranged model on.
     """
 
     bundle: Path
@@ -150,7 +150,7 @@ def _constant_input(node: onnx.NodeProto, tensors: dict[str, onnx.TensorProto]) 
     return str(next(name for name in node.input if name in tensors))
 
 
-def prove_variant(path: Path, original: Path, feed: Feed, images: np.ndarray) -> float:
+def check_variant(path: Path, original: Path, feed: Feed, images: np.ndarray) -> float:
     """Largest difference of a rearranged model's probabilities from the original's.
 
     Raises:
@@ -174,7 +174,7 @@ def _write_variant(
 ) -> None:
     original, path = material.bundle / FILES["fp32"], folder / "model.onnx"
     onnx.save(with_float_input(onnx.load(original), feed, names, batch), path)
-    prove_variant(path, original, feed, material.images)
+    check_variant(path, original, feed, material.images)
 
 
 def _jetpack(generation: str, facts: str) -> Callable[[Material, Path], str]:
@@ -249,7 +249,7 @@ The engine takes `image`, uint8 RGB [batch, height, width, 3] at the model's siz
 """
 
 _JETSON_INFERENCE = """`model.onnx` takes what jetson-inference's `imageNet` puts in (float RGB, NCHW,
-ImageNet's mean and standard deviation) and gives probabilities; it was proven to equal the bundle's model.
+ImageNet's mean and standard deviation) and gives probabilities; it was verified to equal the bundle's model.
 {cutting}
 The library builds its own fp16 engine at the first start and keys it by the model file's hash.
 
@@ -259,7 +259,7 @@ The library builds its own fp16 engine at the first start and keys it by the mod
 """
 
 _DEEPSTREAM = """`model.onnx` takes what nvinfer puts in with `net-scale-factor=1` and no offsets (raw RGB
-pixels as floats, NCHW), normalises them itself and gives probabilities; it was proven to equal the
+pixels as floats, NCHW), normalises them itself and gives probabilities; it was verified to equal the
 bundle's model. {cutting}
 
     gst-launch-1.0 filesrc location=photo.jpg ! jpegdec ! nvvideoconvert \\

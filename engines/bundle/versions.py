@@ -5,7 +5,7 @@
     .bundle.next/       a version being written
     .bundle.swap/       exists for an instant, and only where folders cannot be exchanged (see below)
 
-A new version is written and proven beside the old one, then the two folders exchange their names in one
+A new version is written and verified beside the old one, then the two folders exchange their names in one
 system call (Linux: renameat2 with RENAME_EXCHANGE), so that whoever looks at `bundle/` sees the old or the
 new version, whole, at every moment, whatever is killed. A link would do that as well, but a bundle is a
 folder that people copy. File systems without that call (FAT, some network and overlay file systems) get three

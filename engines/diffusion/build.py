@@ -1,4 +1,4 @@
-"""Building engines: which backend, then export, proof, TensorRT plans, and what the manifest says of each."""
+"""Building engines: choice of the backend, export, parity check, TensorRT plans, entries for the manifest."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from synthkit.engines.tensorrt.plan_cache import (
     write_plan,
 )
 from synthkit.engines.tensorrt.plan_worker import PlanJob, make_plan, make_plan_in_child
-from synthkit.engines.tensorrt.precision_proof import graph_weights, main_precision
+from synthkit.engines.tensorrt.precision_check import graph_weights, main_precision
 from synthkit.engines.tensorrt.timing_cache import timing_cache_path
 from synthkit.errors import EngineError
 
@@ -81,7 +81,7 @@ def build_onnx(
     size: int | None,
     vae_precision: str | None = None,
 ) -> dict[str, Any]:
-    """Export a pipeline into a stage's work folder and prove it.
+    """Export a pipeline into a stage's work folder and check its parity.
 
     Args:
         work: the folder to write.
@@ -181,7 +181,7 @@ def _plan_entry(work: Path, previous: Path | None, plan: BuildPlan, how: PlanBui
         "path": str(path.relative_to(work)),
         "backend": "tensorrt",
         "precision": plan.precision,
-        **{name: facts[name] for name in ("precision_proof", "max_abs_error", "tolerance", "seconds")},
+        **{name: facts[name] for name in ("precision_check", "max_abs_error", "tolerance", "seconds")},
         "cached": found is not None,
     }
 

@@ -1,7 +1,7 @@
 """From a diffusers folder to ONNX files that are checked one by one before they count.
 
-Every use of Optimum is in this file. That they compute the same is proved by
-`synthkit.engines.diffusion.parity`.
+Every use of Optimum is in this file. `synthkit.engines.diffusion.parity` verifies that the files compute
+the same.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ OPSET = 17
 the newest that TensorRT 8.6 (JetPack 6.0) reads."""
 
 TRACED_BATCH = 3
-"""Images that the exporter traces with; a proof with another number shows a batch that was frozen."""
+"""Images that the exporter traces with; a parity check with another number shows a batch that was frozen."""
 
 _CHATTER = (
     (DeprecationWarning, ""),  # the exporter is torch's older one, which Optimum 0.1 needs

@@ -1,4 +1,4 @@
-"""The proof that engines compute what diffusers and transformers compute in fp32, on random inputs."""
+"""Parity checks: engines against diffusers and transformers in fp32, on random inputs."""
 
 from __future__ import annotations
 

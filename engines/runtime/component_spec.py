@@ -219,7 +219,8 @@ def _check_size(image: int, multiple: int) -> None:
     if image % multiple:
         low = max(image // multiple * multiple, multiple)
         raise ConfigError(
-            f"size = {image} must be a multiple of {multiple} pixels for this model, e.g. {low} or {low + multiple}"
+            f"size = {image} must be a multiple of {multiple} pixels for this model, "
+            f"e.g. {low} or {low + multiple}"
         )
 
 

@@ -36,8 +36,8 @@ def in_onnxruntime(layers: Layers, images: torch.Tensor) -> Layers:
         expected = layers(images)
     try:
         compiled = _layers(open_session(_exported(layers, images, len(expected))))
-        _prove(compiled(images), expected)
-        _prove(compiled(images[:1]), tuple(one[:1] for one in expected))  # no batch size was built in
+        _check_parity(compiled(images), expected)
+        _check_parity(compiled(images[:1]), tuple(one[:1] for one in expected))  # no batch size was built in
     except (EngineError, MissingExtra, ParityError) as error:
         log.info("the frozen layers run in torch (%s)", error)
         return layers
@@ -87,7 +87,7 @@ def _layers(session: OrtSession) -> Layers:
     return run
 
 
-def _prove(found: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> None:
+def _check_parity(found: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> None:
     """Refuse activations of other shapes, or off by more than `TOLERANCE` of torch's largest, or NaN."""
     for one, other in zip(found, expected, strict=True):
         if one.shape != other.shape:

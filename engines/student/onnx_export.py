@@ -85,12 +85,12 @@ def export_student(
     metadata: Mapping[str, str],
     opset: int = OPSET,
 ) -> tuple[ModelFacts, np.ndarray]:
-    """Write a student as one ONNX file that is proven to compute the same.
+    """Write a student as one ONNX file and verify that it computes the same.
 
     Args:
         model: gives logits from normalised float NCHW images.
         preprocessing: the student's; the graph takes uint8 images of its size.
-        images: uint8 [N, height, width, 3] to compare on; real ones prove more than noise.
+        images: uint8 [N, height, width, 3] to compare on; real ones tell more than noise.
         path: the file to write; it is written only when the comparison succeeds.
         metadata: key -> text for the ONNX metadata.
         opset: the newest that the target reads.
@@ -106,20 +106,20 @@ def export_student(
     logits = torch_logits(student, images)
     if not np.isfinite(logits).all():
         raise ParityError("the student gives logits that are not finite; train it again")
-    unproven = path.with_name(f".{path.name}.unproven")
+    unverified = path.with_name(f".{path.name}.unverified")
     try:
-        exporter = _export(student, preprocessing, unproven, opset)
-        head = _finish(unproven, model, preprocessing, metadata)
-        parity = prove_parity(logits, unproven, images)
-        unproven.replace(path)
+        exporter = _export(student, preprocessing, unverified, opset)
+        head = _finish(unverified, model, preprocessing, metadata)
+        parity = check_parity(logits, unverified, images)
+        unverified.replace(path)
     finally:
-        unproven.unlink(missing_ok=True)
+        unverified.unlink(missing_ok=True)
     written = read_opset(path)
     assert written is not None, "the checker passed it"
     return ModelFacts(written, exporter, head, parity), logits
 
 
-def prove_parity(expected: np.ndarray, path: Path, images: np.ndarray) -> dict[str, Any]:
+def check_parity(expected: np.ndarray, path: Path, images: np.ndarray) -> dict[str, Any]:
     """Compare an ONNX file with the torch student's logits, in batches and one image alone.
 
     Args:
@@ -202,7 +202,7 @@ _EXPORTERS: dict[str, Callable[[Uint8Student, torch.Tensor, Path, int], None]] =
 
 @contextlib.contextmanager
 def quiet() -> Any:
-    """Deprecation and tracer warnings say nothing that the parity proof does not decide."""
+    """Deprecation and tracer warnings say nothing that the parity check does not decide."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         yield

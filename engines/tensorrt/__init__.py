@@ -1,1 +1,1 @@
-"""TensorRT: plans decided, built, proved, kept and run."""
+"""TensorRT: plans decided, built, verified, kept and run."""

@@ -91,7 +91,7 @@ class TensorRt:
             raise self.failure(action, NO_DEVICE) from None
 
     def failure(self, action: str, detail: str = "") -> EngineError:
-        """The error that names the action, the errors that TensorRT logged since the last failure, and the way out."""
+        """An error that names the action, what TensorRT logged since the last failure, and the way out."""
         reasons = [*self.errors, detail] if self.errors or detail else ["it gives no reason"]
         self.errors.clear()
         text = " ".join(" ".join(reasons).split())
@@ -115,7 +115,7 @@ def _import() -> Any:
 def probe_tensorrt() -> str | None:
     """Why TensorRT does not work on this machine; None where it does.
 
-    A package that imports proves little: a Runtime needs the driver and the device.
+    That the package imports says little: a Runtime needs the driver and the device.
     """
     try:
         rt = TensorRt()

@@ -77,7 +77,7 @@ def _configure(rt: TensorRt, config: Any, plan: BuildPlan) -> None:
     if plan.hardware is not None:
         level = _member(rt, trt.HardwareCompatibilityLevel, plan.hardware)
         config.hardware_compatibility_level = level
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # what the proof of precision reads
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # which the precision check reads
 
 
 def _member(rt: TensorRt, kind: Any, name: str) -> Any:

@@ -1,7 +1,7 @@
 """Plan files: their keys, their names, and which of them this machine may load.
 
     unet/<gpu>_<tensorrt>_<key12>.plan        the engine, as TensorRT serialises it
-    unet/<gpu>_<tensorrt>_<key12>.plan.json   the whole key, the plan's SHA-256 and how it was proved
+    unet/<gpu>_<tensorrt>_<key12>.plan.json   the whole key, the plan's SHA-256 and how it was verified
 
 TensorRT has no call that says whether a plan fits: a wrong one ends in None, or in a crash. So the sidecar is
 compared with this machine first. This module knows no TensorRT.

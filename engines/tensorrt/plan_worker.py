@@ -1,4 +1,4 @@
-"""One network becomes a proved plan, in this process or in a child of its own.
+"""One network becomes a verified plan, in this process or in a child of its own.
 
 A builder holds several copies of a network's weights and gives some of that memory back only when its process
 ends. On a device with little memory each network is therefore built in a child (`--low-memory`).
@@ -22,7 +22,7 @@ from synthkit.engines.tensorrt.api import TensorRt
 from synthkit.engines.tensorrt.build import build_engine
 from synthkit.engines.tensorrt.build_plan import BuildPlan, Profile
 from synthkit.engines.tensorrt.plan_cache import Machine, network_digest, plan_key, write_plan
-from synthkit.engines.tensorrt.precision_proof import graph_weights, prove_precision
+from synthkit.engines.tensorrt.precision_check import check_precision, graph_weights
 from synthkit.engines.tensorrt.session import deserialize
 from synthkit.errors import EngineError, ParityError, SynthkitError
 
@@ -53,7 +53,7 @@ class PlanJob:
 
 
 def make_plan(job: PlanJob) -> Path:
-    """Build, prove and write a plan.
+    """Build, verify and write a plan.
 
     Returns:
         The plan's file; what was measured lies in its sidecar.
@@ -69,11 +69,11 @@ def make_plan(job: PlanJob) -> Path:
     own = "VERSION_COMPATIBLE" in plan.flags  # it holds code, which this very process has just put there
     session = deserialize(rt, engine, f"the plan of {plan.component}", allow_host_code=own)
     weights = sum(graph_weights(onnx).values())
-    proof = prove_precision(plan, session.layers(), len(engine), weights)
+    evidence = check_precision(plan, session.layers(), len(engine), weights)
     error, tolerance = compare(plan, session, onnx)
     session.close()
     facts = {
-        "precision_proof": proof,
+        "precision_check": evidence,
         "max_abs_error": error,
         "tolerance": tolerance,
         "seconds": round(time.perf_counter() - started, 3),

@@ -48,7 +48,7 @@ class Refit:
 
 
 def write_version(site: Site, refit: Refit, version: int, work: Path) -> None:
-    """Write the whole next version into an empty folder; bundle.json comes last, then the proof.
+    """Write the whole next version into an empty folder; bundle.json comes last, then the parity check.
 
     Raises:
         BundleError: the new version fails a check.
@@ -152,7 +152,7 @@ def _precisions(site: Site, refit: Refit, work: Path) -> dict[str, Any]:
     answers = {name: head.logits(site.features[name]).argmax(axis=1) for name, head in refit.heads.items()}
     found = {}
     for name, entry in site.bundle.facts["precisions"].items():
-        parity = _prove(site, name, refit.heads[name], work / entry["file"])
+        parity = _check_parity(site, name, refit.heads[name], work / entry["file"])
         parity["top1_agreement_with_fp32"] = float(np.mean(answers[name] == answers[FP32]))
         accuracy = refit.tested.get(name)
         if accuracy is None and name == site.precision:
@@ -161,7 +161,7 @@ def _precisions(site: Site, refit: Refit, work: Path) -> dict[str, Any]:
     return found
 
 
-def _prove(site: Site, precision: str, head: LinearHead, path: Path) -> dict[str, Any]:
+def _check_parity(site: Site, precision: str, head: LinearHead, path: Path) -> dict[str, Any]:
     """Compare an edited file with its head in NumPy on the features of the golden inputs.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A trained student becomes a verified bundle: ONNX of proven parity, golden outputs, facts, a predictor."""
+"""A trained student becomes a verified bundle: ONNX files, golden outputs, facts, a predictor."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ class Images:
     """The images that an export may look at.
 
     Attributes:
-        photos: what the student was trained on; they prove parity, become the golden inputs, give int8 its
-            ranges and are refused as test images. Without them, noise proves parity.
+        photos: what the student was trained on. They serve for the parity check, as golden inputs and for int8's
+            ranges, and are refused as test images. Without them, parity is checked on noise.
         synthetic: synthetic images; they give int8 its ranges as well.
         test: measures every precision.
     """
@@ -160,7 +160,7 @@ def export_student_bundle(
 
     Args:
         student: the torch student.
-        images: real images as uint8 [N, height, width, 3]; parity is proven on them, a few become golden.
+        images: real images as uint8 [N, height, width, 3]; parity is verified on them, a few become golden.
         lineage: how the student came about; "trained_on" lists the SHA-256 of every real photo.
         accuracy: what was measured on a test set, if anything; `sets.test` is measured here.
         work_dir: where to write.

@@ -1,4 +1,4 @@
-"""The smaller precisions of a student, made from its proven fp32 model, and what each costs."""
+"""The smaller precisions of a student, made from its verified fp32 model, and what each costs."""
 
 from __future__ import annotations
 

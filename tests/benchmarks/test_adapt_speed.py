@@ -81,9 +81,9 @@ def test_the_plain_way_sends_every_image_through_the_whole_student(
         hook.remove()
         return sum(seen)
 
-    proof = 2 * 2  # images that `split` proves its cut on, through the parts and the whole
-    assert passes(stage, Site(*parts)) == 9 * 3 + proof
-    assert passes(stage, PlainSite(*parts)) == 3 * 32 + proof
+    check = 2 * 2  # images that `split` verifies its cut on, through the parts and the whole
+    assert passes(stage, Site(*parts)) == 9 * 3 + check
+    assert passes(stage, PlainSite(*parts)) == 3 * 32 + check
 
 
 def test_the_timm_script_takes_as_many_steps(

@@ -147,7 +147,7 @@ _OUTCOMES = {
 
 def _compared(what: str, shares: Mapping[str, Any]) -> str:
     if shares["before"] is None or shares["after"] is None:
-        return f"{what}: none, so nothing is proven"
+        return f"{what}: none, so nothing is verified"
     return f"{what}: {shares['before']:.1%} -> {shares['after']:.1%} of {shares['photos']} right"
 
 

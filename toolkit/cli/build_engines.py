@@ -20,7 +20,7 @@ from synthkit.cli import options
 def command(
     workspace: Path, out: Path | None, config: Path | None, force: bool, dry_run: bool, **values: Any
 ) -> options.Output:
-    """Turn a diffusion model into engines, once per device, and prove that they compute the same.
+    """Turn a diffusion model into engines, once per device, and verify that they compute the same.
 
     \b
     Example:

@@ -15,7 +15,7 @@ from synthkit.cli import options
 @options.stage_options
 @options.settings_options("export")
 @click.option("--student", type=click.Path(path_type=Path), help="timm folder  [default: WORKSPACE/adapted]")
-@click.option("--real-dir", type=click.Path(path_type=Path), help="Photos it was trained on, for the proof.")
+@click.option("--real-dir", type=click.Path(path_type=Path), help="Photos it was trained on, to check parity.")
 @click.option("--synth-dir", type=click.Path(path_type=Path), help="Synthetic images, for int8's ranges too.")
 @click.option("--test-dir", type=click.Path(path_type=Path), help="Test images, to measure every precision.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Bundle  [default: WORKSPACE/bundle]")
@@ -31,7 +31,7 @@ def command(
     dry_run: bool,
     **values: Any,
 ) -> options.Output:
-    """Write a trained student as a bundle whose numbers are proven to be the student's.
+    """Write a trained student as a bundle whose numbers are verified to be the student's.
 
     fp16 and int8 are measured against fp32 and offered beside it; one that costs more than --max-drop does
     not become the default, and the command then ends with 1.

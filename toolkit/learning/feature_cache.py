@@ -101,7 +101,7 @@ def split(student: Student) -> Split:
     crossing = [node for node in traced.graph.nodes if _crosses(node, late)]
     frozen = _part(traced, [node for node in traced.graph.nodes if node not in late], [], crossing)
     trained = _part(traced, [node for node in traced.graph.nodes if node in late], crossing, None)
-    _prove(student, frozen, trained)
+    _check_parity(student, frozen, trained)
     return Split(frozen, replace(student, model=trained))
 
 
@@ -141,7 +141,7 @@ def _trace(student: Student) -> GraphModule:
 
 
 @torch.no_grad()
-def _prove(student: Student, frozen: Layers, trained: torch.nn.Module) -> None:
+def _check_parity(student: Student, frozen: Layers, trained: torch.nn.Module) -> None:
     """Refuse a cut that does not compute the same, or through which other things than activations go."""
     images = torch.linspace(-1, 1, 2 * math.prod(student.preprocessing.input_size))
     images = images.view(2, *student.preprocessing.input_size)

@@ -23,7 +23,7 @@ def test_every_engine_computes_what_its_source_does(tiny_model: Path, tiny_engin
     parities = component_parity(tiny_model, tiny_engines)
     assert [one.component for one in parities] == ["text_encoder", "unet", "vae_decoder", "vae_encoder"]
     assert all(0 < one.max_abs_error < one.tolerance for one in parities)
-    assert all(1e-4 < one.tolerance < 1e-3 for one in parities), "outputs near zero would prove nothing"
+    assert all(1e-4 < one.tolerance < 1e-3 for one in parities), "outputs near zero would show nothing"
 
 
 @pytest.mark.parametrize(

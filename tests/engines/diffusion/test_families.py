@@ -1,4 +1,4 @@
-"""Every supported family is exported, proved, and draws what diffusers draws."""
+"""Every supported family is exported, verified, and generates what diffusers generates."""
 
 from __future__ import annotations
 

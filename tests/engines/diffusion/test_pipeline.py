@@ -52,7 +52,7 @@ def test_the_loop_is_that_of_diffusers(kind: str, tiny_style: Path, request: pyt
             output_type="np",
         ).images
         got = ours.decode(ours.sample(embeddings, noise, steps, guidance, SEEDS)).transpose(0, 2, 3, 1)
-        assert wanted.std() > 0.1, "a picture of nothing proves nothing"
+        assert wanted.std() > 0.1, "an image of nothing shows nothing"
         assert np.abs(np.clip(got / 2 + 0.5, 0, 1) - wanted).max() < 1e-4
 
 

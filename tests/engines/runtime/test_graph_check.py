@@ -7,7 +7,7 @@ import pytest
 
 from synthkit.engines.runtime import graph_check as onnx_gate
 from synthkit.engines.runtime.component_spec import component_specs, read_geometry
-from synthkit.engines.runtime.graph_check import check_graph, finish_graph, dtype_histogram
+from synthkit.engines.runtime.graph_check import check_graph, dtype_histogram, finish_graph
 from synthkit.engines.runtime.session import open_session
 from synthkit.errors import EngineError
 

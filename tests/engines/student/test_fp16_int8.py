@@ -271,7 +271,7 @@ def test_sizes_become_constants_and_padding_joins_its_convolution(tmp_path: Path
 
     torch.manual_seed(0)
     model = timm.create_model("mobilenetv3_small_050", num_classes=3, pad_type="same").eval()
-    export_student(model, PREPROCESSING, noise(), tmp_path / "model.onnx", {})  # proves parity itself
+    export_student(model, PREPROCESSING, noise(), tmp_path / "model.onnx", {})  # verifies parity itself
     nodes = onnx.load(tmp_path / "model.onnx").graph.node
     assert not {"Shape", "Gather", "Pad"} & {node.op_type for node in nodes}
     stem = next(node for node in nodes if node.op_type == "Conv")
@@ -292,10 +292,10 @@ def test_a_float_input_gives_the_same_probabilities(
     ]
     found = session.run({"input_0": feed.of(noise()[:1])})["output_0"]
     assert np.abs(found - softmax(logits[:1])).max() < 1e-5
-    assert targets.prove_variant(path, original, feed, noise()) < 1e-5
+    assert targets.check_variant(path, original, feed, noise()) < 1e-5
     other = targets.RAW_PIXELS if feed is targets.IMAGENET else targets.IMAGENET
     with pytest.raises(ParityError, match="in a probability"):
-        targets.prove_variant(path, original, other, noise())
+        targets.check_variant(path, original, other, noise())
 
 
 def test_the_opset_is_read_without_the_onnx_package(exported: Exported, tmp_path: Path) -> None:

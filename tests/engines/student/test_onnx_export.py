@@ -14,7 +14,7 @@ from onnx import numpy_helper
 from synthkit.engines.runtime.session import open_session
 from synthkit.engines.runtime.tensor_spec import TensorSpec
 from synthkit.engines.student import onnx_export as student_onnx
-from synthkit.engines.student.onnx_export import Uint8Student, export_student, prove_parity, torch_logits
+from synthkit.engines.student.onnx_export import Uint8Student, check_parity, export_student, torch_logits
 from synthkit.errors import EngineError, ParityError
 from tests.tiny_students import MEAN, PREPROCESSING, STD, noise, tiny_student
 
@@ -116,7 +116,7 @@ def test_logits_near_zero_are_held_to_their_own_scale(tmp_path: Path) -> None:
     spoil_weight(tmp_path / "model.onnx")
     logits = torch_logits(Uint8Student(model, PREPROCESSING), noise())
     with pytest.raises(ParityError):
-        prove_parity(logits, tmp_path / "model.onnx", noise())
+        check_parity(logits, tmp_path / "model.onnx", noise())
 
 
 def test_a_student_that_gives_nan_is_refused(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from synthkit.engines.tensorrt.build import build_engine
 from synthkit.engines.tensorrt.build_plan import PLANNED, BuildOptions, BuildPlan, decide_plan, planned_specs
 from synthkit.engines.tensorrt.plan_cache import read_plan, read_sidecar
 from synthkit.engines.tensorrt.plan_worker import PlanJob, make_plan, make_plan_in_child
-from synthkit.engines.tensorrt.precision_proof import graph_weights, main_precision, prove_precision
+from synthkit.engines.tensorrt.precision_check import check_precision, graph_weights, main_precision
 from synthkit.errors import EngineError, ParityError
 from tests.cuda_stand_ins import stand_in_machine
 from tests.tensorrt_behaviour import MAGIC, TIMINGS, install
@@ -61,14 +61,14 @@ def header(plan: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
 @pytest.mark.parametrize("component", PLANNED)
-def test_a_plan_is_built_proved_and_written(
+def test_a_plan_is_built_verified_and_written(
     half_engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flavour: str, component: str
 ) -> None:
     install(monkeypatch, flavour)
     path = make_plan(job_for(half_engines, tmp_path, flavour, component))
     assert path.parent == tmp_path / component
     facts = read_sidecar(path)
-    assert facts["precision_proof"].startswith("inspector: 100% of")
+    assert facts["precision_check"].startswith("inspector: 100% of")
     assert facts["max_abs_error"] == 0 < facts["tolerance"], "the stand-in computes in ONNX Runtime too"
     rows = {tuple(side[0] for side in shapes) for shapes in header(path)["shapes"].values()}
     assert rows == {(1, 4, 8) if component == "unet" else (1, 2, 4)}
@@ -259,20 +259,20 @@ def layers(*kinds: str, count: int = 0) -> str:
         ("fp32", "", 2 * BIG, BIG, None),
     ],
 )
-def test_proof_of_precision(
+def test_check_of_precision(
     precision: str, information: str, size: int, weights: int, answer: str | None
 ) -> None:
     plan = replace(PLAN, precision=precision)
     if answer is None:
         with pytest.raises(EngineError, match="it was not kept"):
-            prove_precision(plan, information, size, weights)
+            check_precision(plan, information, size, weights)
     else:
-        assert answer in prove_precision(plan, information, size, weights)
+        assert answer in check_precision(plan, information, size, weights)
 
 
-def test_the_size_of_a_version_compatible_plan_proves_nothing() -> None:
+def test_the_size_of_a_version_compatible_plan_shows_nothing() -> None:
     with pytest.raises(EngineError, match="does not tell its precision"):
-        prove_precision(replace(PLAN, flags=("VERSION_COMPATIBLE",)), "", 2 * BIG, BIG)
+        check_precision(replace(PLAN, flags=("VERSION_COMPATIBLE",)), "", 2 * BIG, BIG)
 
 
 def test_the_precision_of_a_graph_is_counted(half_engines: Path, tiny_engines: Path) -> None:
@@ -369,7 +369,7 @@ def test_a_child_process_builds_the_same(
     child_with(tmp_path, monkeypatch)
     job = job_for(half_engines, tmp_path, "11")
     path = make_plan_in_child(job)
-    assert read_sidecar(path)["precision_proof"].startswith("inspector: 100%")
+    assert read_sidecar(path)["precision_check"].startswith("inspector: 100%")
     install(monkeypatch, "11")
     assert build_engine(TensorRt(), job.plan, job.folder / "model.onnx", job.timings) == read_plan(path)
 

@@ -69,7 +69,7 @@ def test_plans_stand_beside_the_onnx_files(
             "stand-in-gpu_10.3.0_"
         )
         assert {"precision": "fp16", "backend": "tensorrt", "cached": False}.items() <= entry.items()
-        assert read_sidecar(plan)["precision_proof"] == entry["precision_proof"]
+        assert read_sidecar(plan)["precision_check"] == entry["precision_check"]
         assert entry["path"] in result.manifest.outputs
         assert open_plan(out, entry["component"]).provider == "tensorrt"
     assert result.manifest.config["machine"]["tensorrt"] == "10.3.0"

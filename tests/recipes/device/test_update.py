@@ -108,7 +108,7 @@ def test_a_run_that_was_done_is_not_done_again(folder: Path, tmp_path: Path) -> 
     assert run(folder, shown)["outcome"] == UNCHANGED and list_outputs(folder) == state
     found = run(folder, shown, force=True)
     assert (found["outcome"], found["version"]) == (ADAPTED, 3)
-    assert found["held_out"]["photos"] == 0  # every photo was trained on by now: nothing is proven
+    assert found["held_out"]["photos"] == 0  # every photo was trained on by now: nothing is verified
 
 
 def test_a_dry_run_judges_and_writes_nothing(folder: Path, tmp_path: Path) -> None:

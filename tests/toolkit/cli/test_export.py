@@ -55,7 +55,7 @@ def test_unchanged_inputs_are_skipped_and_a_plan_does_nothing(workspace: Path) -
     assert call(workspace, "verify").exit_code == 0
 
 
-def test_a_failed_proof_leaves_no_bundle(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_parity_check_leaves_no_bundle(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(student_onnx, "TOLERANCE", 0.0)
     result = call(workspace, "export")
     assert result.exit_code == 1 and "differs from the torch student" in result.stderr
@@ -71,7 +71,7 @@ def test_what_is_no_student_is_refused_in_one_line(workspace: Path) -> None:
         assert result.stderr.startswith("error: ") and "student" in result.stderr
 
 
-def test_all_precisions_are_measured_and_proven(workspace: Path) -> None:
+def test_all_precisions_are_measured_and_verified(workspace: Path) -> None:
     class_folders(workspace / "synthetic", each=3, seed=7)
     class_folders(workspace / "test", each=3, seed=9)
     sets = ["--real-dir", "few_shots", "--synth-dir", "synthetic", "--test-dir", "test"]
@@ -149,7 +149,7 @@ def test_what_cannot_be_is_said_in_one_line(workspace: Path, arguments: list[str
 
 
 @pytest.mark.parametrize("target", ["jetson-inference", "deepstream"])
-def test_a_rearranged_model_is_proven_or_not_written(
+def test_a_rearranged_model_is_verified_or_not_written(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, target: str
 ) -> None:
     monkeypatch.setattr(targets, "TOLERANCE", -1.0)

@@ -43,7 +43,7 @@ def changed(student: Student, before: dict[str, torch.Tensor]) -> set[str]:
 def test_a_saved_student_comes_back_whole(student: Student, folder: Path) -> None:
     loaded = load_student(folder)
     logits = student.logits(noise())
-    assert logits.std() > 0.1, "logits near zero would prove nothing"
+    assert logits.std() > 0.1, "logits near zero would show nothing"
     assert torch.equal(loaded.logits(noise()), logits)
     assert (loaded.classes, loaded.preprocessing) == (student.classes, student.preprocessing)
     assert loaded.architecture == "test_resnet"

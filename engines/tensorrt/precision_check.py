@@ -1,4 +1,4 @@
-"""Proof that an engine computes in the precision that was asked for.
+"""Check that an engine computes in the precision that was asked for.
 
 An fp16 engine that is fp32 inside works, is merely twice as large and slow, and nothing says so. Two things
 tell: what TensorRT's engine inspector says of the layers, and the size of the plan against the number of
@@ -41,7 +41,7 @@ def main_precision(weights: Counter[str]) -> str:
     return "fp16" if weights["FLOAT16"] > weights["FLOAT"] else "fp32"
 
 
-def prove_precision(plan: BuildPlan, information: str, size: int, weights: int) -> str:
+def check_precision(plan: BuildPlan, information: str, size: int, weights: int) -> str:
     """How it is known that an engine has its plan's precision.
 
     Args:
