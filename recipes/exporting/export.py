@@ -51,8 +51,8 @@ class Images:
     """The images that an export may look at.
 
     Attributes:
-        photos: what the student was trained on. They serve for the parity check, as golden inputs and for int8's
-            ranges, and are refused as test images. Without them, parity is checked on noise.
+        photos: what the student was trained on. They serve for the parity check, as golden inputs and for
+            int8's ranges, and are refused as test images. Without them, parity is checked on noise.
         synthetic: synthetic images; they give int8 its ranges as well.
         test: measures every precision.
     """

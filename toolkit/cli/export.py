@@ -15,7 +15,7 @@ from synthkit.cli import options
 @options.stage_options
 @options.settings_options("export")
 @click.option("--student", type=click.Path(path_type=Path), help="timm folder  [default: WORKSPACE/adapted]")
-@click.option("--real-dir", type=click.Path(path_type=Path), help="Photos it was trained on, to check parity.")
+@click.option("--real-dir", type=click.Path(path_type=Path), help="The photos it was trained on.")
 @click.option("--synth-dir", type=click.Path(path_type=Path), help="Synthetic images, for int8's ranges too.")
 @click.option("--test-dir", type=click.Path(path_type=Path), help="Test images, to measure every precision.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Bundle  [default: WORKSPACE/bundle]")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -357,10 +358,10 @@ apply(cuda_stand_ins())
 def child_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inject: dict[str, Any] | None = None, more: str = ""
 ) -> None:
-    """Child processes find the stand-in as the package `tensorrt`."""
-    root = Path(__file__).parents[3]
+    """Child processes find the stand-in as `tensorrt`, and synthkit where this process found it."""
+    root, inherited = Path(__file__).parents[3], os.environ.get("PYTHONPATH", "")
     (tmp_path / "tensorrt.py").write_text(CHILD.format(flavour="11", inject=inject or {}, more=more))
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{root}")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{root}:{inherited}")
 
 
 def test_a_child_process_builds_the_same(
