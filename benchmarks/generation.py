@@ -1,10 +1,10 @@
-"""`generate` at volume: killed again and again, timed in and outside its networks, its memory watched.
+"""`generate` at volume: killed again and again, timed inside and outside its networks, its memory watched.
 
-    python -m benchmarks.generation ./engines ./trial --style ./learned_embeds.safetensors
+    python -m benchmarks.generation ENGINES WORK [--style FILE] [--kills 20] [--memory PER_CLASS]
 
-An uninterrupted set tells how much of the drawing loop lies inside UNet and VAE sessions. The same set with
-another batch size, by runs that are killed at random moments and one to the end, must have the same bytes. A
-larger one shows the memory in use as images add up.
+An uninterrupted set tells how much of the sampling loop is spent in UNet and VAE. The same set, made with
+another batch size by runs that are killed at random moments, must have the same bytes. A larger set shows the
+memory in use as images add up.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 import click
 
-from synthkit.artifacts import MANIFEST, file_sha256
+from synthkit.artifacts import MANIFEST, file_sha256, write_json
 from synthkit.engines.diffusion.pipeline import EnginePipeline
 from synthkit.engines.runtime.session import OrtSession, usable_threads
 from synthkit.errors import EngineError
@@ -35,18 +35,19 @@ from synthkit.recipes.generation.generate import generate
 from synthkit.recipes.settings import GenerateSettings
 
 _POLL_S = 0.05
-_AFTER_S = 1.0  # a kill comes up to so long after its number of images is there
+#: A kill comes up to this many seconds after its number of images has been written.
+_AFTER_S = 1.0
+#: Numbers of images at which the memory is read.
 MARKS = (100, 1000, 2000, 5000, 10_000, 20_000, 50_000)
-"""Numbers of images at which the memory is read."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A set to draw.
+    """A set to generate.
 
     Attributes:
-        engines_dir: what `build_engines` wrote.
-        style: a file of style tokens, or None.
+        engines_dir: folder from `build-engines`.
+        style: file of style tokens, or None.
         classes: class names.
         per_class: images of each.
         steps: denoising steps.
@@ -66,7 +67,7 @@ class Trial:
         return self.per_class * len(self.classes)
 
     def start(self, out: Path) -> subprocess.Popen[str]:
-        """Draw the set, or what is missing of it, in a process of its own."""
+        """Generate the set, or its missing images, in a process of its own."""
         task = [str(self.engines_dir), str(out), "--per-class", str(self.per_class), "--here"]
         task += ["--classes", ",".join(self.classes), "--steps", str(self.steps)]
         task += ["--batch-size", str(self.batch_size), *(["--style", str(self.style)] if self.style else [])]
@@ -74,7 +75,7 @@ class Trial:
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
     def finish(self, out: Path) -> dict[str, Any]:
-        """`start`, and wait for the figures.
+        """Generate the set in a process of its own and wait for its figures.
 
         Raises:
             EngineError: the run failed.
@@ -82,7 +83,7 @@ class Trial:
         return _figures(self.start(out))
 
     def here(self, out: Path) -> dict[str, Any]:
-        """Draw the set in this process and time its sessions."""
+        """Generate the set in this process and time its sessions."""
         from synthkit.models import prompt_words
 
         words = prompt_words(self.engines_dir, self.classes, {})
@@ -100,14 +101,15 @@ class Trial:
 
 @contextlib.contextmanager
 def session_clock() -> Iterator[Callable[[], float]]:
-    """Seconds inside UNet and VAE sessions since here, added up over threads that run at the same time."""
+    """Seconds in UNet and VAE sessions since entry, added up over threads that run at the same time."""
     total, lock = [0.0], threading.Lock()
     run, bind = OrtSession.run, OrtSession.bind
 
     def timed(session: OrtSession, compute: Callable[[], Any]) -> Any:
         started = time.perf_counter()
         result = compute()
-        if "input_ids" not in [spec.name for spec in session.inputs]:  # the text encoder's
+        # The text encoder is the session with token ids as its input.
+        if "input_ids" not in [spec.name for spec in session.inputs]:
             with lock:
                 total[0] += time.perf_counter() - started
         return result
@@ -127,12 +129,12 @@ def session_clock() -> Iterator[Callable[[], float]]:
 
 
 def kills(trial: Trial, folder: Path, count: int, seed: int = 0) -> dict[str, Any]:
-    """Draw a set once whole, and once by runs that are killed at random moments; compare the two.
+    """Generate a set once whole, and once by runs that are killed at random moments; compare the two.
 
     Args:
         trial: the set.
-        folder: where; what an earlier trial left there is removed.
-        count: kills.
+        folder: where; the sets of an earlier trial there are removed.
+        count: number of kills.
         seed: of the moments.
 
     Returns:
@@ -142,12 +144,12 @@ def kills(trial: Trial, folder: Path, count: int, seed: int = 0) -> dict[str, An
     for old in (whole, killed, folder / ".killed.partial", folder / ".whole.partial"):
         shutil.rmtree(old, ignore_errors=True)
     figures = trial.finish(whole)
-    other, draw = replace(trial, batch_size=max(1, trial.batch_size * 2 // 3)), random.Random(seed)
-    moments = sorted(draw.randrange(trial.images) for _ in range(count))
-    met = sum(_kill(other, killed, moment, draw.uniform(0, _AFTER_S)) for moment in moments)
+    other, rng = replace(trial, batch_size=max(1, trial.batch_size * 2 // 3)), random.Random(seed)
+    moments = sorted(rng.randrange(trial.images) for _ in range(count))
+    met = sum(_kill(other, killed, moment, rng.uniform(0, _AFTER_S)) for moment in moments)
     other.finish(killed)
-    found, wanted = contents(killed), contents(whole)
-    different = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+    actual, wanted = contents(killed), contents(whole)
+    different = sorted(name for name in actual.keys() | wanted.keys() if actual.get(name) != wanted.get(name))
     return {
         "images": trial.images,
         "kills": met,
@@ -159,7 +161,7 @@ def kills(trial: Trial, folder: Path, count: int, seed: int = 0) -> dict[str, An
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """File name -> SHA-256 of a set, without its manifest, which has times in it."""
+    """File name -> SHA-256 of a set, without its manifest, which holds times."""
     return {
         path.relative_to(folder).as_posix(): file_sha256(path)
         for path in sorted(folder.rglob("*"))
@@ -168,30 +170,30 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def memory(trial: Trial, out: Path, marks: Sequence[int] = MARKS) -> dict[str, Any]:
-    """Draw a set and read the process's resident memory as images add up.
+    """Generate a set and read the process's resident memory as images add up.
 
     Returns:
         JSON data: the run's figures, and `rss_mib` {number of images: MiB}.
     """
     shutil.rmtree(out, ignore_errors=True)
-    child, found = trial.start(out), {}
+    child, resident = trial.start(out), {}
     for mark in marks:
-        while child.poll() is None and drawn(out) < mark:
+        while child.poll() is None and written(out) < mark:
             time.sleep(_POLL_S)
         if child.poll() is None:
-            found[mark] = round(resident_bytes(child.pid) / 2**20, 1)
-    return {**_figures(child), "rss_mib": found}
+            resident[mark] = round(resident_bytes(child.pid) / 2**20, 1)
+    return {**_figures(child), "rss_mib": resident}
 
 
-def drawn(out: Path) -> int:
-    """Images that are there of a set which is being drawn."""
+def written(out: Path) -> int:
+    """Number of images so far of a set that is being generated."""
     return sum(1 for _ in out.with_name(f".{out.name}.partial").glob("*/[0-9]*.png"))
 
 
 def _kill(trial: Trial, out: Path, moment: int, after: float) -> bool:
-    """Start a run and kill it some time after so many images are there; whether it was still at work then."""
+    """Start a run and kill it `after` seconds after `moment` images; True if it was still at work."""
     child = trial.start(out)
-    while child.poll() is None and drawn(out) < moment:
+    while child.poll() is None and written(out) < moment:
         time.sleep(_POLL_S)
     time.sleep(after)
     child.send_signal(signal.SIGKILL)
@@ -202,28 +204,27 @@ def _kill(trial: Trial, out: Path, moment: int, after: float) -> bool:
 def _figures(child: subprocess.Popen[str]) -> dict[str, Any]:
     text, _ = child.communicate()
     if child.returncode:
-        raise EngineError(f"the drawing process ended with {child.returncode}; run it alone with --here")
+        raise EngineError(f"the generating process ended with {child.returncode}; run it alone with --here")
     figures: dict[str, Any] = json.loads(text)
     return figures
 
 
 @click.command(cls=OneLineErrors)
 @click.argument("engines", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("work", type=click.Path(path_type=Path))
 @click.option("--style", type=click.Path(path_type=Path), help="Style tokens.")
 @click.option("--classes", default="0,1,2,3,4,5,6,7,8,9", show_default=True)
-@click.option("--per-class", default=200, show_default=True)
-@click.option("--steps", default=15, show_default=True)
+@click.option("--per-class", default=200, show_default=True, help="Images per class.")
+@click.option("--steps", default=15, show_default=True, help="Denoising steps.")
 @click.option("--batch-size", default=100, show_default=True)
 @click.option("--kills", "count", default=20, show_default=True, help="0 leaves this trial out.")
 @click.option("--seed", default=0, show_default=True, help="Of the moments of the kills.")
-@click.option(
-    "--memory", "per_class_memory", default=0, help="Images per class of the memory trial; 0: none."
-)
-@click.option("--here", is_flag=True, help="Only draw the set, in this process.")
+@click.option("--memory", "per_class_memory", default=0, help="Images per class of the memory trial.")
+@click.option("--here", is_flag=True, help="Only generate the set, into WORK, in this process.")
+@click.option("--out", type=click.Path(path_type=Path), help="JSON file to write.")
 def main(
     engines: Path,
-    out: Path,
+    work: Path,
     style: Path | None,
     classes: str,
     per_class: int,
@@ -233,20 +234,23 @@ def main(
     seed: int,
     per_class_memory: int,
     here: bool,
+    out: Path | None,
 ) -> None:
-    """Try `generate` at volume and print one JSON object; ends with 1 where killed runs drew another set."""
+    """Try `generate` at volume and print JSON; exits with 1 where killed runs made another set."""
     trial = Trial(engines, style, tuple(classes.split(",")), per_class, steps, batch_size)
     if here:
-        click.echo(json.dumps(trial.here(out)))
+        click.echo(json.dumps(trial.here(work)))
         return
-    out.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Any] = {"threads": usable_threads(), "steps": steps}
+    work.mkdir(parents=True, exist_ok=True)
+    result: dict[str, Any] = {"threads": usable_threads(), "steps": steps}
     if count:
-        found["killed"] = kills(trial, out, count, seed)
+        result["killed"] = kills(trial, work, count, seed)
     if per_class_memory:
-        found["memory"] = memory(replace(trial, per_class=per_class_memory), out / "memory")
-    click.echo(json.dumps(found, indent=1))
-    raise SystemExit(0 if found.get("killed", {"identical": True})["identical"] else 1)
+        result["memory"] = memory(replace(trial, per_class=per_class_memory), work / "memory")
+    click.echo(json.dumps(result, indent=1))
+    if out:
+        write_json(out, result)
+    raise SystemExit(0 if result.get("killed", {"identical": True})["identical"] else 1)
 
 
 if __name__ == "__main__":
