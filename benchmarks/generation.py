@@ -25,13 +25,13 @@ from typing import Any
 
 import click
 
-from synthkit.artifacts import MANIFEST, file_sha256, write_json
+from synthkit.artifacts import MANIFEST, file_sha256, run_stage, write_json
 from synthkit.engines.diffusion.pipeline import EnginePipeline
 from synthkit.engines.runtime.session import OrtSession, usable_threads
 from synthkit.errors import EngineError
 from synthkit.one_line import OneLineErrors
 from synthkit.recipes.device.bench import resident_bytes
-from synthkit.recipes.generation.generate import generate
+from synthkit.recipes.generation.generate import Generate
 from synthkit.recipes.settings import GenerateSettings
 
 _POLL_S = 0.05
@@ -84,12 +84,10 @@ class Trial:
 
     def here(self, out: Path) -> dict[str, Any]:
         """Generate the set in this process and time its sessions."""
-        from synthkit.models import prompt_words
-
-        words = prompt_words(self.engines_dir, self.classes, {})
         settings = GenerateSettings(self.per_class, self.steps, batch_size=self.batch_size)
+        stage = Generate(settings, self.engines_dir, tuple(self.classes), out, style=self.style)
         with session_clock() as clock:
-            metrics = generate(settings, self.engines_dir, words, self.style, out).manifest.metrics
+            metrics = run_stage(stage).manifest.metrics
         loop = metrics["written"] / metrics["images_per_second"] if metrics["written"] else 0.0
         inside = clock() / EnginePipeline(self.engines_dir).workers / loop if loop else None
         return {

@@ -34,7 +34,7 @@ import click
 import numpy as np
 from tqdm import tqdm
 
-from synthkit.artifacts import Request, run_stage, versions, write_bytes, write_json
+from synthkit.artifacts import FunctionStage, Key, run_stage, versions, write_bytes, write_json
 from synthkit.data.images import ImageSet
 from synthkit.data.splits import check_disjoint, k_shot
 from synthkit.errors import ConfigError
@@ -178,12 +178,8 @@ def run_cell(
     settings, training = replace(settings, seed=cell.seed), replace(training, seed=cell.seed)
     inputs = {"photos": photos.digest, "test": experiment.test.digest}
     inputs["weights"] = weights_fingerprint(experiment.weights)
-    config = {
-        "adapt": asdict(settings),
-        "train": asdict(training),
-        "c": c,
-        "student": [cell.student, experiment.size],
-    }
+    about = {"c": c, "student": [cell.student, experiment.size]}
+    key = Key(inputs, {"adapt": settings, "train": training}, about)
 
     def produce(out: Path) -> dict[str, Any]:
         from synthkit.learning.fit import Examples
@@ -194,7 +190,7 @@ def run_cell(
         write_json(out / _PREDICTIONS, predictions)
         return {"path": choice.path.name, "steps": site.steps(choice.path), "cross_validation": verdicts}
 
-    done = run_stage(Request("photo-table", work / cell.name, inputs, config), produce)
+    done = run_stage(FunctionStage("photo-table", work / cell.name, key, produce))
     predictions = json.loads((done.out / _PREDICTIONS).read_text(encoding="utf-8"))
     last = {method: of_steps[max(of_steps, key=int)] for method, of_steps in predictions.items()}
     right = {method: round(top1(np.array(one), experiment.test.labels), 4) for method, one in last.items()}

@@ -18,17 +18,15 @@ from typing import Any
 import click
 import numpy as np
 
-from synthkit.artifacts import versions, write_json
+from synthkit.artifacts import run_stage, versions, write_json
 from synthkit.data.images import ImageSet
 from synthkit.data.splits import check_disjoint, k_shot
 from synthkit.metrics import classification as metrics
 from synthkit.one_line import OneLineErrors
 from synthkit.recipes.chain import ChainSettings
-from synthkit.recipes.generation.generate import generate
-from synthkit.recipes.learn_style import TOKEN_FILE
 from synthkit.recipes.studies.compare import Cell, cell_draw
 from synthkit.recipes.studies.methods import Draw, answers
-from synthkit.recipes.train import Material, synthetic_steps, train
+from synthkit.recipes.train import Material, Train, synthetic_steps
 
 _LARGEST_EPOCHS = 3  # over the largest set; smaller ones are seen more often
 
@@ -48,17 +46,18 @@ def top1_over_volume(draw: Draw, test: ImageSet, volumes: Sequence[int]) -> dict
         test: real test images of the same classes.
         volumes: images per class.
     """
-    largest = replace(draw.settings.generate, per_class=max(volumes))
-    folder, token = draw.place.root / "volume", draw.stage("learn-style").out / TOKEN_FILE
-    drawn = generate(largest, draw.place.engines, draw.synonyms, token, folder / "synthetic")
-    everything = ImageSet.scan(drawn.out)
+    usual, folder = draw.chain.generate, draw.place.root / "volume"
+    draw.stage("learn-style")
+    largest = replace(usual.settings, per_class=max(volumes))
+    generated = run_stage(replace(usual, settings=largest, out=folder / "synthetic"))
+    everything = ImageSet.scan(generated.out)
     steps = synthetic_steps(replace(draw.settings.train, epochs=_LARGEST_EPOCHS), Material(everything, None))
     found = {}
     for volume in volumes:
-        material = Material(first_of_each(everything, volume), None)
-        epoch = synthetic_steps(replace(draw.settings.train, epochs=1), material)
+        images = first_of_each(everything, volume)
+        epoch = synthetic_steps(replace(draw.settings.train, epochs=1), Material(images, None))
         settings = replace(draw.settings.train, epochs=round(steps / epoch))
-        student = train(settings, material, folder / f"student-{volume}").out
+        student = run_stage(Train(settings, folder / f"student-{volume}", images)).out
         found[volume] = metrics.top1(answers(student, test), test.labels)
     return found
 

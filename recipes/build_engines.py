@@ -7,11 +7,11 @@ model folder ──export──► ONNX per component ──compared with diffus
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from synthkit.artifacts import Request, StageResult, run_stage
+from synthkit.artifacts import Key, StageResult
 from synthkit.engines.diffusion.build import (
     PlanBuild,
     build_onnx,
@@ -42,37 +42,82 @@ PLANNED_FOR = "10.3.0"
 _TENSORRT_SETTINGS = ("trt_workspace", "trt_level", "trt_hardware", "trt_version_compatible", "trt_refit")
 
 
-def build_engines_request(settings: EngineSettings, out: Path, *, download: bool = False) -> Request:
-    """What `build_engines` would make.
+@dataclass(frozen=True)
+class BuildEngines:
+    """The stage `build-engines`.
 
-    Args:
-        settings: the stage's settings.
+    The manifest's `resolved.model` is the model's short name; `metrics.model` is what `resolve_model` takes
+    (a local folder absolute), see `base_model`.
+
+    Attributes:
+        settings: of the stage.
         out: the engines folder.
-        download: whether a hub model may be fetched to look at it.
-
-    Raises:
-        ConfigError: the batch range or the size cannot be used.
-        EngineError: the backend does not work here.
-        ModelError: the model is unknown, incomplete or of an unsupported kind.
     """
-    parse_batch(settings.batch)
-    backend, _ = choose_backend(settings.backend)
-    model_dir = resolve_model(settings.model, download=download)
-    geometry = read_geometry(model_dir, settings.size)
-    return Request(
-        stage="build-engines",
-        out=out,
-        inputs={"model": model_fingerprint(model_dir)},
-        config={
-            "model": short_name(settings.model),
-            "backend": backend,
-            "precision": _precision(settings, backend),
-            "vae_precision": settings.vae_precision,
-            "size": geometry.image,
-            "opset": settings.opset,
-            **(_tensorrt_config(settings) if backend == "tensorrt" else {}),
-        },
-    )
+
+    name: ClassVar[str] = "build-engines"
+    version: ClassVar[int] = 1
+
+    settings: EngineSettings
+    out: Path
+
+    def check(self, *, fetch: bool) -> None:
+        """Refuse a batch range, a backend or a model that cannot be used.
+
+        Args:
+            fetch: whether a hub model may be fetched to look at it.
+
+        Raises:
+            ConfigError: the batch range cannot be used.
+            EngineError: the backend does not work here.
+            ModelError: the model is unknown, incomplete or of an unsupported kind.
+        """
+        parse_batch(self.settings.batch)
+        choose_backend(self.settings.backend)
+        read_geometry(resolve_model(self.settings.model, download=fetch), self.settings.size)
+
+    def key(self) -> Key:
+        """The model by content, the backend and what it needs; see `check` for what is raised."""
+        settings, backend = self.settings, self.backend
+        model_dir = resolve_model(settings.model, download=False)
+        return Key(
+            inputs={"model": model_fingerprint(model_dir)},
+            settings={self.name: settings},
+            resolved={
+                "model": short_name(settings.model),
+                "backend": backend,
+                "precision": _precision(settings, backend),
+                "size": read_geometry(model_dir, settings.size).image,
+                **(_tensorrt_config(settings) if backend == "tensorrt" else {}),
+            },
+        )
+
+    @property
+    def backend(self) -> str:
+        """The backend that is used here."""
+        return choose_backend(self.settings.backend)[0]
+
+    def run(self, work: Path, previous: Path | None) -> dict[str, Any]:
+        """Export, compare and, for TensorRT, build what `previous` has no valid plan of.
+
+        Raises:
+            ParityError: an engine does not compute what its source computes.
+        """
+        settings, backend = self.settings, self.backend
+        log.info("build-engines: %s for %s (%s)", settings.model, *choose_backend(settings.backend))
+        model_dir, opset = resolve_model(settings.model), settings.opset
+        if backend == "tensorrt":
+            opset = opset or default_opset(asdict(tensorrt_machine())["tensorrt"])
+        precision, vae = _precision(settings, backend), _vae_precision(settings)
+        measured = build_onnx(work, model_dir, precision, opset, settings.size, vae)
+        if backend == "tensorrt":
+            plans = build_plans(work, previous, _plan_build(settings))
+            measured["engines"] += plans
+        return {
+            **measured,
+            "model": _resolvable(settings.model),
+            "weights": weights_fingerprint(model_dir),
+            "batch": settings.batch,
+        }
 
 
 def _precision(settings: EngineSettings, backend: str) -> str:
@@ -95,39 +140,6 @@ def _tensorrt_config(settings: EngineSettings) -> dict[str, Any]:
     }
 
 
-def build_engines(settings: EngineSettings, out: Path, force: bool = False) -> StageResult:
-    """Make the engines folder, or find it made.
-
-    The manifest's `config.model` is the model's short name; `metrics.model` is what `resolve_model` takes (a
-    local folder absolute), see `synthkit.engines.diffusion.engines_folder.base_model`.
-
-    Raises:
-        ConfigError, EngineError, ModelError: see `build_engines_request`.
-        ParityError: an engine does not compute what its source computes.
-    """
-    request = build_engines_request(settings, out, download=True)
-    backend = request.config["backend"]
-
-    def produce(work: Path) -> dict[str, Any]:
-        log.info("build-engines: %s for %s (%s)", settings.model, *choose_backend(settings.backend))
-        model_dir, opset = resolve_model(settings.model), settings.opset
-        if backend == "tensorrt":
-            opset = opset or default_opset(request.config["machine"]["tensorrt"])
-        precision, vae = request.config["precision"], _vae_precision(settings)
-        measured = build_onnx(work, model_dir, precision, opset, settings.size, vae)
-        if backend == "tensorrt":
-            plans = build_plans(work, None if force else out, _plan_build(settings))
-            measured["engines"] += plans
-        return {
-            **measured,
-            "model": _resolvable(settings.model),
-            "weights": weights_fingerprint(model_dir),
-            "batch": settings.batch,
-        }
-
-    return run_stage(request, produce, force=force)
-
-
 def _plan_build(settings: EngineSettings) -> PlanBuild:
     cache_dir = Path(settings.cache_dir).expanduser() if settings.cache_dir else None
     return PlanBuild(
@@ -148,7 +160,7 @@ def preview_plans(settings: EngineSettings) -> list[dict[str, Any]]:
         version that it was decided for) and `trtexec` (major version -> command).
 
     Raises:
-        ConfigError, EngineError, ModelError: see `build_engines_request`.
+        ConfigError, EngineError, ModelError: see `BuildEngines.check`.
     """
     version = tensorrt_version() or PLANNED_FOR
     geometry = read_geometry(resolve_model(settings.model, download=False), settings.size)

@@ -7,28 +7,24 @@ Each stage decides for itself whether its inputs have changed (see `synthkit.art
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from synthkit.artifacts import Request, StageResult, read_manifest, stage_state
-from synthkit.calibration.filters.screening import filter_inputs
-from synthkit.config import override
+from synthkit.artifacts import Stage, StageResult, plan_stages, read_manifest, run_stages
+from synthkit.config import Given
 from synthkit.data.images import ImageSet, class_synonyms
 from synthkit.engines.diffusion.engines_folder import base_model
 from synthkit.errors import ConfigError
-from synthkit.models import prompt_synonyms, refuse_two_encoders, resolve_model
-from synthkit.recipes.adaptation.adapt import adapt, adapt_request
-from synthkit.recipes.adaptation.strategies import candidates
-from synthkit.recipes.build_engines import build_engines, build_engines_request
-from synthkit.recipes.exporting.export import export_request, run_export
-from synthkit.recipes.exporting.precisions import chosen_precisions
-from synthkit.recipes.generation.generate import Screening, generate, generate_request
-from synthkit.recipes.generation.plan import make_plan
-from synthkit.recipes.learn_style import TOKEN_FILE, learn_style, learn_style_request
+from synthkit.recipes.adaptation.adapt import Adapt
+from synthkit.recipes.build_engines import BuildEngines
+from synthkit.recipes.exporting.export import Export, Images
+from synthkit.recipes.generation.generate import Generate
+from synthkit.recipes.learn_style import TOKEN_FILE, LearnStyle
 from synthkit.recipes.settings import (
+    SECTIONS,
     AdaptSettings,
     EngineSettings,
     ExportSettings,
@@ -37,9 +33,10 @@ from synthkit.recipes.settings import (
     StyleSettings,
     TrainSettings,
 )
-from synthkit.recipes.train import Material, check_settings, train, train_request, weights_fingerprint
+from synthkit.recipes.train import Train
 
-log = logging.getLogger(__name__)
+# What `--force` redoes of a chain: the hours before do not depend on what a user may want anew.
+_FORCED = ("adapt", "export")
 
 
 @dataclass(frozen=True)
@@ -97,175 +94,127 @@ class ChainSettings:
     adapt: AdaptSettings = field(default_factory=AdaptSettings)
     export: ExportSettings = field(default_factory=ExportSettings)
 
+    def sections(self) -> dict[str, Any]:
+        """Recipe section -> its settings."""
+        own = (getattr(self, entry.name) for entry in fields(self))
+        return dict(zip(SECTIONS, own, strict=True))
 
-def remembered_model(
-    settings: EngineSettings, workspace: Workspace, flags: Mapping[str, Any]
-) -> EngineSettings:
-    """The settings of the workspace's engines where no model was asked for, so that they are not rebuilt.
+    @classmethod
+    def from_given(cls, given: Given, workspace: Workspace) -> ChainSettings:
+        """What was given, over what the workspace's engines were made with, over the defaults.
 
-    Args:
-        settings: defaults, recipe and flags.
-        workspace: may hold engines.
-        flags: engine setting -> what the command line gave, or None.
-    """
-    manifest, usual = read_manifest(workspace.engines), EngineSettings()
-    if manifest is None or flags.get("model") or settings.model != usual.model:
-        return settings
-    made = EngineSettings(
-        model=base_model(workspace.engines),
-        backend=manifest.config["backend"],
-        precision=manifest.config["precision"],
-        vae_precision=manifest.config.get("vae_precision", usual.vae_precision),
-        batch=manifest.metrics["batch"],
-        size=manifest.config["size"],
-        opset=manifest.config["opset"],
-        **manifest.config.get("tensorrt", {}),
-    )
-    asked_for = {name: value for name, value in asdict(settings).items() if value != getattr(usual, name)}
-    return override(made, asked_for | {name: value for name, value in flags.items() if value is not None})
+        Args:
+            given: by a recipe, `--set` and flags.
+            workspace: may hold engines; they are not rebuilt where no model was asked for.
+        """
+        return cls(
+            given.over("build-engines", _engine_settings(given, workspace)),
+            given.over("learn-style", StyleSettings()),
+            given.over("generate", GenerateSettings()),
+            given.over("filter", FilterSettings()),
+            given.over("train", TrainSettings()),
+            given.over("adapt", AdaptSettings()),
+            given.over("export", ExportSettings()),
+        )
 
 
-def chain_stages(
-    settings: ChainSettings,
-    workspace: Workspace,
-    photos: ImageSet,
-    *,
-    synth: bool = True,
-    student_dir: Path | None = None,
-    test: ImageSet | None = None,
-    force: bool = False,
-) -> Iterator[StageResult]:
-    """Make everything from engines to bundle that is not made yet, each stage when it is asked for.
+def _engine_settings(given: Given, workspace: Workspace) -> EngineSettings:
+    """What `given` overrules: the settings of the workspace's engines where no model was named."""
+    manifest = read_manifest(workspace.engines)
+    if manifest is None or given.has("build-engines", "model"):
+        return EngineSettings()
+    made = EngineSettings(**manifest.settings["build-engines"])
+    return replace(made, model=base_model(workspace.engines))
 
-    Args:
+
+@dataclass(frozen=True)
+class Chain:
+    """The stages from engines to bundle, or from a trained student to the bundle.
+
+    Attributes:
         settings: of all stages.
         workspace: where they write.
         photos: the real few shots.
         synth: whether synthetic images are made and used.
         student_dir: an already trained student, which replaces all stages before `adapt`.
         test: test images, which the filter "leak" keeps away from synthetic ones.
-        force: adapt and export again even when nothing changed.
     """
-    _check_settings(settings, knows_classes=synth or student_dir is not None)
-    if synth and student_dir is None:
-        yield from _synthetic_stages(settings, workspace, photos, Screening(settings.filter, test))
-        student_dir = workspace.student
-    yield adapt(settings.adapt, settings.train, student_dir, photos, workspace.adapted, force)
-    yield run_export(workspace.adapted, workspace.bundle, photos, force, settings.export)
 
+    settings: ChainSettings
+    workspace: Workspace
+    photos: ImageSet
+    synth: bool = True
+    student_dir: Path | None = None
+    test: ImageSet | None = None
 
-def _synthetic_stages(
-    settings: ChainSettings, workspace: Workspace, photos: ImageSet, screening: Screening
-) -> Iterator[StageResult]:
-    from synthkit.learning.students import check_architecture
+    @cached_property
+    def stages(self) -> list[Stage]:
+        """In order; running, planning and the Python API walk this list."""
+        settings, workspace = self.settings, self.workspace
+        if not self.synth or self.student_dir:
+            return [self._adapt(self.student_dir), self._export()]
+        self._check_reference_classifier()
+        return [
+            BuildEngines(settings.engines, workspace.engines),
+            self.learn_style,
+            self.generate,
+            Train(settings.train, workspace.student, workspace.synthetic, self.photos),
+            self._adapt(workspace.student),
+            self._export(),
+        ]
 
-    check_architecture(settings.train.student)
-    several = _words_to_draw(settings, workspace, photos, screening, download=True)
-    yield build_engines(settings.engines, workspace.engines)
-    model = base_model(workspace.engines)
-    yield learn_style(settings.style, model, photos, _first(several), workspace.style)
-    asked = (settings.generate, workspace.engines, several, workspace.style / TOKEN_FILE, workspace.synthetic)
-    yield generate(*asked, photos=photos, screening=screening)
-    material = Material(ImageSet.scan(workspace.synthetic), photos)
-    yield train(settings.train, material, workspace.student)
-
-
-def _check_settings(settings: ChainSettings, knows_classes: bool) -> None:
-    """Refuse what a later stage would refuse, before the minutes and hours of the stages before it."""
-    candidates(settings.adapt, knows_classes)
-    chosen_precisions(settings.export.precision)
-    check_settings(settings.train)
-    if settings.train.weights:
-        weights_fingerprint(Path(settings.train.weights))
-
-
-def _words_to_draw(
-    settings: ChainSettings, workspace: Workspace, photos: ImageSet, screening: Screening, download: bool
-) -> dict[str, tuple[str, ...]]:
-    """Class name -> all words for prompts, once the settings of synthetic images are found to be usable."""
-    refuse_two_encoders(resolve_model(settings.engines.model, download=download))
-    words = synonyms_for_prompts(settings.engines, photos, download=download)
-    make_plan(settings.generate, words, [(settings.style.token, 1.0)], photos)
-    filter_inputs(screening.choices, photos, screening.test)
-    judge = Path(settings.filter.classifier or "/").resolve()
-    if any(judge.is_relative_to(made.resolve()) for made in (workspace.student, workspace.adapted)):
-        raise ConfigError(
-            f"--classifier {settings.filter.classifier} is made by this very run from the set that it would "
-            "judge; give a student of another workspace, or CLIP"
+    @property
+    def learn_style(self) -> LearnStyle:
+        """The stage of the style, also to make variants of by `dataclasses.replace`."""
+        return LearnStyle(
+            self.settings.style, self.settings.engines.model, self.photos, self.workspace.style
         )
-    return words
 
+    @property
+    def generate(self) -> Generate:
+        """The stage of the synthetic images, also to make variants of."""
+        return Generate(
+            self.settings.generate,
+            self.workspace.engines,
+            self.photos.classes,
+            self.workspace.synthetic,
+            own_words=class_synonyms(self.photos.root, self.photos.classes),
+            model=self.settings.engines.model,
+            style=self.workspace.style / TOKEN_FILE,
+            photos=self.photos,
+            filters=self.settings.filter,
+            test=self.test,
+        )
 
-def _first(several: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    return {name: words[0] for name, words in several.items()}
+    def _adapt(self, student_dir: Path | None) -> Adapt:
+        settings = self.settings
+        return Adapt(settings.adapt, settings.train, student_dir, self.photos, self.workspace.adapted)
 
+    def _export(self) -> Export:
+        images = Images(photos=self.photos)
+        return Export(self.settings.export, self.workspace.adapted, self.workspace.bundle, images)
 
-def words_for_prompts(settings: EngineSettings, photos: ImageSet) -> dict[str, str]:
-    """Class name -> words that the generator understands.
+    def _check_reference_classifier(self) -> None:
+        classifier = Path(self.settings.filter.classifier or "/").resolve()
+        made = (self.workspace.student, self.workspace.adapted)
+        if any(classifier.is_relative_to(folder.resolve()) for folder in made):
+            raise ConfigError(
+                f"--classifier {self.settings.filter.classifier} is made by this very run from the set that "
+                "it would judge; give a student of another workspace, or CLIP"
+            )
 
-    Args:
-        settings: name the generator.
-        photos: their folder may hold the user's own words.
+    def run(self, *, force: bool = False) -> Iterator[StageResult]:
+        """Make everything that is not made yet, each stage when it is asked for.
 
-    Raises:
-        ModelError: the generator is known not to draw a class.
-    """
-    return _first(synonyms_for_prompts(settings, photos))
+        Args:
+            force: adapt and export again even when nothing changed.
+        """
+        return run_stages(self.stages, force=_FORCED if force else ())
 
+    def plan(self, *, force: bool = False) -> dict[str, str]:
+        """Stage -> its state, without doing anything; "follows" after a stage that is to run.
 
-def synonyms_for_prompts(
-    settings: EngineSettings, photos: ImageSet, *, download: bool = True
-) -> dict[str, tuple[str, ...]]:
-    """Class name -> all words for it that the generator understands; see `words_for_prompts`.
-
-    A hub model is fetched to look at it where `download` allows that.
-    """
-    own = class_synonyms(photos.root, photos.classes)
-    return prompt_synonyms(resolve_model(settings.model, download=download), photos.classes, own)
-
-
-def plan_chain(
-    settings: ChainSettings,
-    workspace: Workspace,
-    photos: ImageSet,
-    *,
-    synth: bool = True,
-    student_dir: Path | None = None,
-    test: ImageSet | None = None,
-) -> dict[str, str]:
-    """Stage -> its state, without doing anything; what follows a stage that must run is to run as well."""
-    plan: dict[str, str] = {}
-    _check_settings(settings, knows_classes=synth or student_dir is not None)
-    screening, drawn = Screening(settings.filter, test), synth and student_dir is None
-    for stage in _requests(settings, workspace, photos, drawn, student_dir, screening):
-        plan[stage.stage] = stage_state(stage)
-        if plan[stage.stage] != "unchanged":
-            break
-    order = ["build-engines", "learn-style", "generate", "train"] if drawn else []
-    for name in [*order, "adapt", "export"]:
-        plan.setdefault(name, "follows")
-    return plan
-
-
-def _requests(
-    settings: ChainSettings,
-    workspace: Workspace,
-    photos: ImageSet,
-    synth: bool,
-    student_dir: Path | None,
-    screening: Screening,
-) -> Iterator[Request]:
-    """Each stage's request, made only once the stages before it are known to be there."""
-    if synth:
-        several = _words_to_draw(settings, workspace, photos, screening, download=False)
-        yield build_engines_request(settings.engines, workspace.engines)
-        model = base_model(workspace.engines)
-        yield learn_style_request(settings.style, model, photos, _first(several), workspace.style)
-        token, out = workspace.style / TOKEN_FILE, workspace.synthetic
-        asked = (settings.generate, workspace.engines, several, token, out)
-        yield generate_request(*asked, photos=photos, screening=screening)
-        material = Material(ImageSet.scan(workspace.synthetic), photos)
-        yield train_request(settings.train, material, workspace.student)
-        student_dir = workspace.student
-    yield adapt_request(settings.adapt, settings.train, student_dir, photos, workspace.adapted)
-    yield export_request(workspace.adapted, workspace.bundle, photos, settings.export)
+        Args:
+            force: as of `run`.
+        """
+        return plan_stages(self.stages, force=_FORCED if force else ())

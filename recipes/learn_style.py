@@ -6,18 +6,24 @@ few_shots/ + base model ──latents, once──► groups of one look ──�
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from synthkit.artifacts import Request, StageResult, run_stage, write_json
+from synthkit.artifacts import Key, write_json
 from synthkit.data.contact_sheet import contact_sheet
-from synthkit.data.images import ImageSet, Preprocessing
+from synthkit.data.images import ImageSet, class_words, whole_picture
 from synthkit.diffusion.style_token import StyleToken, save_all
-from synthkit.models import model_fingerprint, resolve_model, weights_fingerprint
+from synthkit.models import (
+    model_fingerprint,
+    prompt_words,
+    refuse_two_encoders,
+    resolve_model,
+    weights_fingerprint,
+)
 from synthkit.recipes.settings import StyleSettings
 
 if TYPE_CHECKING:
@@ -35,87 +41,87 @@ _PREVIEWED, _PREVIEW_STEPS, _PREVIEW_GUIDANCE = 10, 15, 2.0
 _SHOWN = 24  # photos of a cluster on the sheet
 
 
-def learn_style_request(
-    settings: StyleSettings, model: str, photos: ImageSet, words: Mapping[str, str], out: Path
-) -> Request:
-    """What `learn_style` would make.
+@dataclass(frozen=True)
+class LearnStyle:
+    """The stage `learn-style`; an interrupted fit goes on from its last checkpoint.
 
-    Args:
-        settings: the stage's settings.
-        model: what `resolve_model` takes.
+    Attributes:
+        settings: of the stage.
+        model: the generator, as `resolve_model` takes it.
         photos: the real photos.
-        words: class name -> words for prompts.
         out: the folder to write.
     """
-    config = asdict(settings)
-    del config["device"]
-    if not settings.early_stop:
-        del config["checkpoint_every"]  # changes nothing in the result
-    return Request(
-        stage="learn-style",
-        out=out,
-        inputs={"model": model_fingerprint(resolve_model(model)), "photos": photos.digest},
-        config={**config, "words": dict(words)},
-    )
 
+    name: ClassVar[str] = "learn-style"
+    version: ClassVar[int] = 1
 
-def learn_style(
-    settings: StyleSettings,
-    model: str,
-    photos: ImageSet,
-    words: Mapping[str, str],
-    out: Path,
-    force: bool = False,
-) -> StageResult:
-    """Make the style folder, or find it made; an interrupted fit goes on from its last checkpoint.
+    settings: StyleSettings
+    model: str
+    photos: ImageSet
+    out: Path
 
-    Args:
-        settings: the stage's settings.
-        model: what `resolve_model` takes.
-        photos: the real photos.
-        words: class name -> words for prompts.
-        out: the folder to write.
-        force: learn again even when nothing changed.
+    def check(self, *, fetch: bool) -> None:
+        """Refuse a generator that takes no style, or that does not draw a class.
 
-    Raises:
-        ConfigError: there are fewer photos than clusters, none can be held out, or there is no such device.
-        ModelError: the model does not load, or the token or its init word does not suit it.
-    """
-    request = learn_style_request(settings, model, photos, words, out)
-    return run_stage(request, lambda work: _produce(settings, model, photos, words, work), force=force)
+        Args:
+            fetch: whether a hub model may be fetched to look at it.
 
+        Raises:
+            ConfigError: the photos' classes.toml cannot be used.
+            ModelError: the model is unknown, has two text encoders or does not draw a class.
+        """
+        refuse_two_encoders(resolve_model(self.model, download=fetch))
+        self._words()
 
-def _produce(
-    settings: StyleSettings, model: str, photos: ImageSet, words: Mapping[str, str], work: Path
-) -> dict[str, Any]:
-    from synthkit.calibration.style_clusters import group_by_look
-    from synthkit.diffusion.parts import encode_images, image_size, load_parts
-    from synthkit.learning.gradients import best_device
+    def key(self) -> Key:
+        """Model, photos and the words that prompts use for the classes."""
+        model_dir = resolve_model(self.model, download=False)
+        return Key(
+            inputs={"model": model_fingerprint(model_dir), "photos": self.photos.digest},
+            settings={self.name: self.settings},
+            resolved={"words": self._words()},
+        )
 
-    if settings.early_stop:
-        photos = photos.distinct()  # a copy of a photo held out must not be learned
-    parts = load_parts(resolve_model(model), str(best_device(settings.device)))
-    pixels = photos.load(whole_picture(image_size(parts)))
-    latents = encode_images(parts.vae, pixels)
-    groups = group_by_look(latents.cpu().numpy(), photos.labels, settings.clusters, settings.seed)
-    names = [words[photos.classes[label]] for label in photos.labels]
-    clusters = [
-        _Cluster(number, cluster_token(settings.token, number), np.flatnonzero(groups == number))
-        for number in range(settings.clusters)
-    ]
-    fits = [
-        _fit(settings, one, parts, latents[one.members], [names[i] for i in one.members], work)
-        for one in clusters
-    ]
-    shares = [len(one.members) / len(photos) for one in clusters]
-    _write_tokens(settings, [one.token for one in fits], shares, model, work)
-    _write_clusters(clusters, photos, pixels, work)
-    write_json(
-        work / LOSSES, {one.token.token: {"training": one.losses, "held_out": one.held_out} for one in fits}
-    )
-    for one in clusters:
-        _checkpoint(work, one.number).unlink(missing_ok=True)
-    return _metrics(settings, fits, clusters)
+    def _words(self) -> dict[str, str]:
+        """Class name -> words for prompts."""
+        own = class_words(self.photos.root, self.photos.classes)
+        return prompt_words(resolve_model(self.model, download=False), self.photos.classes, own)
+
+    def run(self, work: Path, previous: Path | None) -> dict[str, Any]:
+        """Fit a token per cluster of photos that look alike.
+
+        Raises:
+            ConfigError: there are fewer photos than clusters, none can be held out, or no such device.
+            ModelError: the model does not load, or the token or its init word does not suit it.
+        """
+        from synthkit.calibration.style_clusters import group_by_look
+        from synthkit.diffusion.parts import encode_images, image_size, load_parts
+        from synthkit.learning.gradients import best_device
+
+        settings, photos, words = self.settings, self.photos, self._words()
+        if settings.early_stop:
+            photos = photos.distinct()  # a copy of a photo held out must not be learned
+        parts = load_parts(resolve_model(self.model), str(best_device(settings.device)))
+        pixels = photos.load(whole_picture(image_size(parts)))
+        latents = encode_images(parts.vae, pixels)
+        groups = group_by_look(latents.cpu().numpy(), photos.labels, settings.clusters, settings.seed)
+        names = [words[photos.classes[label]] for label in photos.labels]
+        clusters = [
+            _Cluster(number, cluster_token(settings.token, number), np.flatnonzero(groups == number))
+            for number in range(settings.clusters)
+        ]
+        fits = [
+            _fit(settings, one, parts, latents[one.members], [names[i] for i in one.members], work)
+            for one in clusters
+        ]
+        shares = [len(one.members) / len(photos) for one in clusters]
+        _write_tokens(settings, [one.token for one in fits], shares, self.model, work)
+        _write_clusters(clusters, photos, pixels, work)
+        losses = {one.token.token: {"training": one.losses, "held_out": one.held_out} for one in fits}
+        write_json(work / LOSSES, losses)
+        for one in clusters:
+            _checkpoint(work, one.number).unlink(missing_ok=True)
+        return _metrics(settings, fits, clusters)
 
 
 def cluster_token(token: str, number: int) -> str:
@@ -231,8 +237,3 @@ def _loss_summary(fit: Inversion) -> dict[str, float | None]:
         "loss_last": float(np.mean(fit.losses[-tenth:])) if fit.losses else None,
         "loss_held_out": min(fit.held_out.values(), default=None),
     }
-
-
-def whole_picture(size: int) -> Preprocessing:
-    """Preprocessing that keeps all of a photo in view: what tells the classes apart may touch its border."""
-    return Preprocessing((3, size, size), "bicubic", 1.0, "squash", (0.5,) * 3, (0.5,) * 3)

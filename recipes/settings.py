@@ -1,12 +1,13 @@
 """The settings of every stage: defaults, help texts and ranges, for recipe files and flags alike.
 
-A field that changes a stage's result is part of that stage's key (see `synthkit.artifacts`).
+A field that changes a stage's result is part of that stage's key (see `synthkit.artifacts`); one with
+`in_key=False` is not, or counts there in another form: a model by its content, a backend as what was chosen.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from synthkit.config import setting
 
@@ -15,26 +16,34 @@ from synthkit.config import setting
 class EngineSettings:
     """`build-engines`: which diffusion model becomes engines, and how."""
 
-    model: str = setting("glyphs-32", "bundled model, local diffusers folder or hub id")
-    backend: Literal["auto", "tensorrt", "onnxruntime"] = setting("auto", "runtime of the engines")
+    model: str = setting("glyphs-32", "bundled model, local diffusers folder or hub id", in_key=False)
+    backend: Literal["auto", "tensorrt", "onnxruntime"] = setting(
+        "auto", "runtime of the engines", in_key=False
+    )
     precision: Literal["auto", "fp32", "fp16"] = setting(
-        "auto", "precision of the networks; auto: fp16 for TensorRT, otherwise fp32"
+        "auto", "precision of the networks; auto: fp16 for TensorRT, otherwise fp32", in_key=False
     )
     vae_precision: Literal["auto", "fp32", "fp16"] = setting(
         "auto", "precision of the VAE; auto: the same, but fp32 where it would overflow, as in SDXL"
     )
-    batch: str = setting("1:32:128", "smallest, usual and largest batch, MIN:OPT:MAX in images")
-    size: int | None = setting(None, "image size in pixels; chosen: the model's own", minimum=8)
+    batch: str = setting("1:32:128", "smallest, usual and largest batch, MIN:OPT:MAX in images", in_key=False)
+    size: int | None = setting(None, "image size in pixels; chosen: the model's own", minimum=8, in_key=False)
     opset: int | None = setting(None, "ONNX opset; chosen: what the runtime reads best", minimum=14)
-    trt_workspace: int | None = setting(None, "TensorRT: scratch memory of a layer in MiB", minimum=1)
-    trt_level: int = setting(3, "TensorRT: optimisation, 0 (quick to build) to 5 (fast)", minimum=0)
-    trt_hardware: Literal["this-gpu", "same-capability", "ampere+"] = setting(
-        "this-gpu", "TensorRT: GPUs that can load the plans"
+    trt_workspace: int | None = setting(
+        None, "TensorRT: scratch memory of a layer in MiB", minimum=1, in_key=False
     )
-    trt_version_compatible: bool = setting(False, "TensorRT: later versions can load the plans")
-    trt_refit: bool = setting(False, "TensorRT: weights can be exchanged without a rebuild")
-    low_memory: bool = setting(False, "TensorRT: build each network in a process of its own")
-    cache_dir: str | None = setting(None, "folder of TensorRT's timing cache; chosen: ~/.cache/synthkit")
+    trt_level: int = setting(
+        3, "TensorRT: optimisation, 0 (quick to build) to 5 (fast)", minimum=0, in_key=False
+    )
+    trt_hardware: Literal["this-gpu", "same-capability", "ampere+"] = setting(
+        "this-gpu", "TensorRT: GPUs that can load the plans", in_key=False
+    )
+    trt_version_compatible: bool = setting(False, "TensorRT: later versions can load the plans", in_key=False)
+    trt_refit: bool = setting(False, "TensorRT: weights can be exchanged without a rebuild", in_key=False)
+    low_memory: bool = setting(False, "TensorRT: build each network in a process of its own", in_key=False)
+    cache_dir: str | None = setting(
+        None, "folder of TensorRT's timing cache; chosen: ~/.cache/synthkit", in_key=False
+    )
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,9 @@ class StyleSettings:
     schedule: Literal["constant", "cosine"] = setting("constant", "learning rate over the steps")
     accumulate: int = setting(1, "batches per training step", minimum=1)
     mixed_precision: Literal["no", "bf16", "fp16"] = setting("no", "number type of the networks, on a GPU")
-    device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to train; auto: the GPU that torch finds")
+    device: Literal["auto", "cpu", "cuda"] = setting(
+        "auto", "where to train; auto: the GPU that torch finds", in_key=False
+    )
     early_stop: int = setting(
         0, "stop after so many checkpoints without a lower loss on held-out photos; 0: never", minimum=0
     )
@@ -79,10 +90,12 @@ class GenerateSettings:
     plain_share: float = setting(0.0, "share of images that are drawn without the style, 0 to 1", minimum=0)
     init: Literal["noise", "real"] = setting("noise", "what an image starts from; real: a photo of its class")
     strength: float = setting(0.75, "of --init real: 1 leaves nothing of the photo, 0 all of it", minimum=0)
-    batch_size: int = setting(100, "images per batch", minimum=1)
-    ray: str | None = setting(None, "draw on a Ray cluster: its address, or local; chosen: in this process")
+    batch_size: int = setting(100, "images per batch", minimum=1, in_key=False)
+    ray: str | None = setting(
+        None, "draw on a Ray cluster: its address, or local; chosen: in this process", in_key=False
+    )
     ray_workers: int | None = setting(
-        None, "Ray: processes that draw; chosen: one per GPU or node", minimum=1
+        None, "Ray: processes that draw; chosen: one per GPU or node", minimum=1, in_key=False
     )
     seed: int = setting(0, "run seed; image i of class c is drawn from (seed, c, i)", minimum=0)
 
@@ -96,7 +109,7 @@ class FilterSettings:
         0.05, "share of your photos that a filter's threshold would reject, 0 to 1", minimum=0
     )
     classifier: str | None = setting(
-        None, "folder of a student or of CLIP that judges the class; chosen: none"
+        None, "folder of a student or of CLIP that judges the class; chosen: none", in_key=False
     )
     retries: int = setting(3, "times that a rejected image is drawn anew before it is given up", minimum=0)
 
@@ -107,7 +120,7 @@ class TrainSettings:
 
     student: str = setting("resnet10t", "timm model name")
     pretrained: bool = setting(False, "start from timm's hub weights")
-    weights: str | None = setting(None, "start from a local weights file or timm folder")
+    weights: str | None = setting(None, "start from a local weights file or timm folder", in_key=False)
     image_size: int | None = setting(
         None, "student input in pixels; chosen: from weights or images", minimum=16
     )
@@ -117,7 +130,6 @@ class TrainSettings:
     batch_size: int = setting(64, "images per gradient step", minimum=2)
     mixup: float = setting(0.2, "Mixup alpha, where the procedure has Mixup; 0: off", minimum=0)
     seed: int = setting(0, "seed of initial weights, order and augmentation", minimum=0)
-    # Below what is here, an option that is off does not count for a stage's key: see `keyed`.
     procedure: Literal[
         "vanilla",
         "vanilla-matched",
@@ -145,18 +157,9 @@ class TrainSettings:
     augment: str = setting("default", "default, none, or timm's, such as rand-m9-mstd0.5")
     amp: bool = setting(False, "forward passes in bfloat16")
     accumulate: int = setting(1, "parts of a batch that go through the student one by one", minimum=1)
-    device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to train; auto: the GPU that torch finds")
-
-    def keyed(self) -> dict[str, Any]:
-        """What a stage's key covers.
-
-        An option that came later and is off stays out, so that folders made before it existed remain valid;
-        so does the device.
-        """
-        values, usual = asdict(self), asdict(TrainSettings())
-        late = list(values)[list(values).index("procedure") :]
-        unchanged = {name for name in late if values[name] == usual[name]}
-        return {name: value for name, value in values.items() if name not in {*unchanged, "device"}}
+    device: Literal["auto", "cpu", "cuda"] = setting(
+        "auto", "where to train; auto: the GPU that torch finds", in_key=False
+    )
 
 
 @dataclass(frozen=True)

@@ -13,20 +13,13 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from synthkit.artifacts import (
-    SYNTHETIC,
-    Request,
-    StageResult,
-    fingerprint,
-    read_manifest,
-    run_stage,
-    stage_state,
-)
+from synthkit.artifacts import Key, fingerprint
 from synthkit.data.images import ImageSet
 from synthkit.data.splits import k_shot
 from synthkit.errors import ConfigError, DataError
@@ -82,27 +75,88 @@ class Material:
         return found.classes
 
 
-def train_request(settings: TrainSettings, material: Material, out: Path) -> Request:
-    """What `train` would make.
+@dataclass(frozen=True)
+class Train:
+    """The stage `train`.
 
-    Raises:
-        ConfigError, DataError: see `Material.classes`, `check_settings` and `stages_of`.
+    Attributes:
+        settings: of the stage.
+        out: the student's folder.
+        synthetic: generated images, or their folder, which the stages before may have yet to write; None: no
+            synthetic images.
+        photos: the real few shots; None: no photos.
     """
-    inputs = {"classes": ",".join(material.classes)}
-    check_settings(settings)
-    learned = {stage.images for stage in stages_of(settings, material)}
-    if material.synthetic:  # without a stage of their own they still say how large the input is
-        inputs["synthetic"] = material.synthetic.digest
-    if material.photos and learned != {Images.SYNTHETIC}:
-        inputs["photos"] = material.photos.digest
-    if settings.weights:
-        inputs["weights"] = weights_fingerprint(Path(settings.weights))
-    return Request(stage="train", out=out, inputs=inputs, config=key_settings(settings))
 
+    name: ClassVar[str] = "train"
+    version: ClassVar[int] = 1
 
-def key_settings(settings: TrainSettings) -> dict[str, Any]:
-    """The settings in a student's manifest; of weights the content counts, which is among the inputs."""
-    return {name: value for name, value in settings.keyed().items() if name != "weights"}
+    settings: TrainSettings
+    out: Path
+    synthetic: Path | ImageSet | None = None
+    photos: ImageSet | None = None
+
+    def check(self, *, fetch: bool) -> None:
+        """Refuse settings that no procedure can use, and a student that timm does not know.
+
+        Args:
+            fetch: has no part in this stage; pretrained weights are fetched when it runs.
+
+        Raises:
+            ConfigError: see `check_settings`; or there are no weights.
+            ModelError: timm knows no such student.
+        """
+        from synthkit.learning.students import check_architecture
+
+        check_settings(self.settings)
+        check_architecture(self.settings.student)
+        if self.settings.weights:
+            weights_fingerprint(Path(self.settings.weights))
+
+    @cached_property
+    def material(self) -> Material:
+        """What the student learns from."""
+        given = self.synthetic
+        return Material(ImageSet.scan(given) if isinstance(given, Path) else given, self.photos)
+
+    def key(self) -> Key:
+        """Images and weights by content.
+
+        Raises:
+            ConfigError, DataError: see `Material.classes` and `stages_of`.
+        """
+        material, settings = self.material, self.settings
+        inputs = {"classes": ",".join(material.classes)}
+        learned = {stage.images for stage in stages_of(settings, material)}
+        if material.synthetic:  # without a stage of their own they still say how large the input is
+            inputs["synthetic"] = material.synthetic.digest
+        if material.photos and learned != {Images.SYNTHETIC}:
+            inputs["photos"] = material.photos.digest
+        if settings.weights:
+            inputs["weights"] = weights_fingerprint(Path(settings.weights))
+        return Key(inputs, {self.name: settings})
+
+    def run(self, work: Path, previous: Path | None) -> dict[str, Any]:
+        """Run the stages of the procedure.
+
+        Returns:
+            the numbers of images and of gradient steps.
+
+        Raises:
+            ModelError: the student is unknown, or its weights are absent or do not fit.
+            ConfigError: training came to nothing, see `synthkit.learning.fit.fit`.
+        """
+        steps = {Images.SYNTHETIC.value: 0, Images.REAL.value: 0}
+        student, settings, material = None, self.settings, self.material
+        for stage in stages_of(settings, material):
+            if stage.images is Images.SYNTHETIC:
+                student = synthetic_student(settings, material, work)
+            else:
+                student = student or untrained_student(settings, material)
+                learn(student, stage, settings, material, work)
+            steps[stage.images.value] = _steps(stage, settings, material)
+        assert student is not None
+        student.save(work)
+        return {"n_synthetic": len(material.synthetic or ()), "n_real": len(material.photos or ()), **steps}
 
 
 def check_settings(settings: TrainSettings) -> None:
@@ -169,66 +223,18 @@ def stages_of(settings: TrainSettings, material: Material) -> list[Stage]:
     )
 
 
-def train(settings: TrainSettings, material: Material, out: Path, force: bool = False) -> StageResult:
-    """Make the student's folder, or find it made.
-
-    Raises:
-        ModelError: the student is unknown, or its weights are absent or do not fit.
-        ConfigError: training came to nothing, see `synthkit.learning.fit.fit`.
-    """
-    from synthkit.learning.gradients import first_process, wait_for_all
-
-    request = train_request(settings, material, out)
-
-    def produce(work: Path) -> dict[str, Any]:
-        wait_for_all()
-        return _produce(settings, material, work)
-
-    if first_process():
-        result = run_stage(request, produce, force=force)
-    elif force or stage_state(request) != "unchanged":
-        produce(request.partial)
-    wait_for_all()
-    if first_process():
-        return result
-    manifest = read_manifest(out)
-    assert manifest is not None
-    return StageResult(out, manifest)
-
-
-def _produce(settings: TrainSettings, material: Material, work: Path) -> dict[str, Any]:
-    """Run the stages of the procedure; what the metrics count."""
-    from synthkit.learning.gradients import first_process
-
-    steps = {Images.SYNTHETIC.value: 0, Images.REAL.value: 0}
-    student = None
-    for stage in stages_of(settings, material):
-        if stage.images is Images.SYNTHETIC:
-            student = synthetic_student(settings, material, work)
-        else:
-            student = student or untrained_student(settings, material)
-            learn(student, stage, settings, material, work)
-        steps[stage.images.value] = _steps(stage, settings, material)
-    assert student is not None
-    if first_process():
-        student.save(work)
-    return {"n_synthetic": len(material.synthetic or ()), "n_real": len(material.photos or ()), **steps}
-
-
 def synthetic_student(settings: TrainSettings, material: Material, work: Path) -> Student:
     """The student after the stage of the synthetic images alone, which is the first of its procedure.
 
     The result is kept in `work/synthetic`, where an interrupted run finds it.
     """
-    from synthkit.learning.gradients import first_process
-    from synthkit.learning.students import CONFIG, load_student
+    from synthkit.learning.students import CONFIG, SYNTHETIC, load_student
 
     if (work / SYNTHETIC / CONFIG).exists():
         return load_student(work / SYNTHETIC)
     student = untrained_student(settings, material)
     learn(student, PROCEDURES[settings.procedure].stages[0], settings, material, work)
-    if first_process():
-        student.save(work / SYNTHETIC)
+    student.save(work / SYNTHETIC)
     return student
 
 
@@ -244,7 +250,7 @@ def learn(student: Student, stage: Stage, settings: TrainSettings, material: Mat
     """
     from synthkit.learning.auxiliary_norm import auxiliary_norms
     from synthkit.learning.fit import fit
-    from synthkit.learning.gradients import first_process
+    from synthkit.learning.students import SYNTHETIC
 
     if stage.new_head:
         student.new_head(settings.seed)
@@ -263,8 +269,7 @@ def learn(student: Student, stage: Stage, settings: TrainSettings, material: Mat
             curves=(work / SYNTHETIC if stage.images is Images.SYNTHETIC else work) / CURVES,
             held_out=look,
         )
-    if first_process():
-        checkpoint.unlink(missing_ok=True)
+    checkpoint.unlink(missing_ok=True)
 
 
 def _held_out(

@@ -1,17 +1,18 @@
-"""A stage's output folder: hash the inputs, work under a temporary name, rename when whole.
+"""A stage and its output folder: hash the inputs, work under a temporary name, rename when whole.
 
     few_shots/ ──fingerprint──► key ──► is `style/manifest.json` of that key?  yes: skip
                                         is `.style.partial/` of that key?      yes: resume in it
                                         otherwise: start in an empty `.style.partial/`
-    produce(work folder) ──► manifest.json written last ──► folder renamed to `style/`
+    run(work folder) ──► manifest.json written last ──► folder renamed to `style/`
 
-A folder under its final name is therefore always whole, and a killed run loses nothing that `produce` can
+A folder under its final name is therefore always whole, and a killed run loses nothing that `Stage.run` can
 take up again. This module knows no particular stage.
 """
 
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -19,19 +20,19 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import synthkit
+from synthkit.config import keyed
 from synthkit.errors import WorkspaceError
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-SYNTHETIC = "synthetic"  # subfolder of what `train` writes: the student before it saw a real photo
 _KEY_FILE = ".key.json"  # lies in a partial folder and says which inputs it was begun with
 _REPORTED = (
     "numpy pillow torch torchvision timm diffusers transformers optimum-onnx onnx "
@@ -40,30 +41,97 @@ _REPORTED = (
 
 
 @dataclass(frozen=True)
-class Request:
-    """What a stage is asked to make.
+class Key:
+    """Everything that decides a stage's result: no path, no time, not the package's version.
 
     Attributes:
-        stage: the command's name.
-        out: the folder to write.
         inputs: name -> fingerprint of everything that the stage reads.
-        config: JSON data of every setting that changes the result.
+        settings: recipe section -> its settings dataclass; fields that change no result do not count.
+        resolved: JSON data of what was decided from them and from the machine, such as the backend.
     """
 
-    stage: str
-    out: Path
     inputs: Mapping[str, str]
-    config: Mapping[str, Any]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    resolved: Mapping[str, Any] = field(default_factory=dict)
+
+    def values(self) -> dict[str, Any]:
+        """Name -> JSON data of everything that counts; a setting's name is "section.name"."""
+        settings = {
+            f"{section}.{name}": value
+            for section, values in self.settings.items()
+            for name, value in keyed(values).items()
+        }
+        return dict(json.loads(json.dumps({**self.inputs, **settings, **self.resolved}, default=str)))
+
+
+class Stage(Protocol):
+    """One step of the work: it reads folders and writes one folder.
+
+    Attributes:
+        version: raised whenever the same key would give another result; a part of the key.
+    """
+
+    version: ClassVar[int]
 
     @property
-    def key(self) -> str:
-        """Digest of stage, inputs, settings and synthkit's version; no path and no time."""
-        return digest([self.stage, dict(self.inputs), dict(self.config), synthkit.__version__])
+    def name(self) -> str:
+        """The command's name."""
 
     @property
-    def partial(self) -> Path:
-        """Where the stage works until it is done."""
-        return _beside(self.out, "partial")
+    def out(self) -> Path:
+        """The folder to write."""
+
+    def check(self, *, fetch: bool) -> None:
+        """Refuse what cannot be used, before the stages before it have run: it reads nothing of theirs.
+
+        Args:
+            fetch: whether a hub model may be fetched to look at it.
+        """
+
+    def key(self) -> Key:
+        """What decides the result; called when the stages before it have run."""
+
+    def run(self, work: Path, previous: Path | None) -> Mapping[str, Any]:
+        """Write every file of the stage.
+
+        Args:
+            work: folder to write into, which may hold what an interrupted run of the same key has written.
+            previous: finished folder of an earlier run, to take over what is still right; None where there is
+                none, or where everything is to be made anew.
+
+        Returns:
+            the stage's metrics, as JSON data.
+        """
+
+
+@dataclass(frozen=True)
+class FunctionStage:
+    """A stage made of a key that is at hand and a function, for studies that keep many small results.
+
+    Attributes:
+        name: names it in the manifest.
+        out: the folder to write.
+        decides: what decides the result.
+        function: writes into the folder that it is given, and returns the metrics.
+    """
+
+    version: ClassVar[int] = 1
+
+    name: str
+    out: Path
+    decides: Key
+    function: Callable[[Path], Mapping[str, Any]]
+
+    def check(self, *, fetch: bool) -> None:
+        """Refuse nothing."""
+
+    def key(self) -> Key:
+        """What decides the result."""
+        return self.decides
+
+    def run(self, work: Path, previous: Path | None) -> Mapping[str, Any]:
+        """Call the function."""
+        return self.function(work)
 
 
 @dataclass(frozen=True)
@@ -72,9 +140,11 @@ class Manifest:
 
     Attributes:
         stage: the command's name.
-        key: digest of inputs and settings.
+        version: of the stage.
+        key: digest of stage, version, inputs, settings and what was resolved.
         inputs: name -> fingerprint.
-        config: the settings, the seed among them.
+        settings: recipe section -> all its settings, the seed among them, as `--config manifest.json` takes.
+        resolved: what was decided from the settings and the machine.
         versions: package -> version that made it.
         metrics: what the stage measured.
         outputs: relative path -> {"sha256", "bytes"} of every file.
@@ -82,9 +152,11 @@ class Manifest:
     """
 
     stage: str
+    version: int
     key: str
     inputs: dict[str, str]
-    config: dict[str, Any]
+    settings: dict[str, dict[str, Any]]
+    resolved: dict[str, Any]
     versions: dict[str, str]
     metrics: dict[str, Any]
     outputs: dict[str, dict[str, Any]]
@@ -100,6 +172,23 @@ class StageResult:
     skipped: bool = field(default=False)
 
 
+@dataclass(frozen=True)
+class _Request:
+    """A stage with its key, which is computed once: it may take the reading of many files."""
+
+    stage: Stage
+    key: Key
+
+    @property
+    def digest(self) -> str:
+        return digest([self.stage.name, self.stage.version, self.key.values()])
+
+    @property
+    def partial(self) -> Path:
+        """Where the stage works until it is done."""
+        return _beside(self.stage.out, "partial")
+
+
 def _beside(out: Path, suffix: str) -> Path:
     real = out.resolve()  # a link to a larger disk stays a link, and "." has a name
     return real.with_name(f".{real.name}.{suffix}")
@@ -111,7 +200,14 @@ def digest(data: Any) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content."""
+    """SHA-256 of a file's content; a file that has not been touched since is not read twice in a process."""
+    real = path.resolve()
+    about = real.stat()
+    return _sha256(real, about.st_size, about.st_mtime_ns, about.st_ino)
+
+
+@functools.lru_cache(maxsize=100_000)
+def _sha256(path: Path, _size: int, _mtime_ns: int, _inode: int) -> str:
     with path.open("rb") as stream:
         state = hashlib.sha256()  # Python 3.10 has no file_digest
         while block := stream.read(1 << 20):
@@ -178,65 +274,115 @@ def read_manifest(folder: Path) -> Manifest | None:
         return None
 
 
-def stage_state(request: Request) -> str:
-    """One phrase: "unchanged", "interrupted", "absent" or "changed: <what>"."""
-    manifest = read_manifest(request.out)
-    if manifest and manifest.key == request.key:
-        return "unchanged" if is_intact(request.out, manifest) else "changed: files of the folder itself"
-    if _partial_key(request) == request.key:
+def stage_state(stage: Stage, *, force: bool = False) -> str:
+    """One phrase: "unchanged", "forced", "interrupted", "absent" or "changed: <what>"."""
+    state = _state(_Request(stage, stage.key()))
+    return "forced" if force and state == "unchanged" else state
+
+
+def recorded_inputs(workspace: Path) -> set[str]:
+    """Fingerprints of everything that the finished stages of a workspace have read."""
+    if not workspace.is_dir():
+        return set()
+    manifests = [read_manifest(folder) for folder in workspace.iterdir() if folder.is_dir()]
+    return {value for manifest in manifests if manifest for value in manifest.inputs.values()}
+
+
+def same_key(stage: Stage, manifest: Manifest) -> bool:
+    """Whether a finished folder was made of what the stage would be made of now."""
+    return manifest.key == _Request(stage, stage.key()).digest
+
+
+def _state(request: _Request) -> str:
+    out = request.stage.out
+    manifest = read_manifest(out)
+    if manifest and manifest.key == request.digest:
+        return "unchanged" if is_intact(out, manifest) else "changed: files of the folder itself"
+    if _partial_key(request) == request.digest:
         return "interrupted"
     return f"changed: {', '.join(_differences(manifest, request))}" if manifest else "absent"
 
 
-def _differences(manifest: Manifest, request: Request) -> list[str]:
-    before = {**manifest.inputs, **manifest.config}
-    now = json.loads(json.dumps({**request.inputs, **request.config}, default=str))
-    changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
-    return changed or ["synthkit's version"]
+def _differences(manifest: Manifest, request: _Request) -> list[str]:
+    settings = {
+        f"{section}.{name}": value
+        for section, values in manifest.settings.items()
+        for name, value in values.items()
+    }
+    before, now = {**manifest.inputs, **settings, **manifest.resolved}, request.key.values()
+    changed = sorted(name for name, value in now.items() if name not in before or before[name] != value)
+    gone = sorted(name for name in {*manifest.inputs, *manifest.resolved} if name not in now)
+    return [*changed, *gone] or [f"the stage's version, {manifest.version} before"]
 
 
-def _partial_key(request: Request) -> str | None:
+def _partial_key(request: _Request) -> str | None:
     try:
         return str(json.loads((request.partial / _KEY_FILE).read_text(encoding="utf-8"))["key"])
     except (OSError, ValueError, KeyError):
         return None
 
 
-def run_stage(
-    request: Request, produce: Callable[[Path], Mapping[str, Any]], *, force: bool = False
-) -> StageResult:
+def run_stage(stage: Stage, *, force: bool = False) -> StageResult:
     """Make a stage's folder, or find it made.
 
     Args:
-        request: what is asked for.
-        produce: writes every file into the folder it is given, which holds what an interrupted run with the
-            same key had written, and returns the stage's metrics.
+        stage: what is asked for.
         force: redo the stage even when nothing changed.
 
     Raises:
         WorkspaceError: the output folder holds files that are no stage's.
     """
-    manifest = read_manifest(request.out)
-    if manifest and not force and stage_state(request) == "unchanged":
-        log.info("%s: skipped, nothing changed since %s was written", request.stage, request.out)
-        return StageResult(request.out, manifest, skipped=True)
-    _refuse_foreign(request.out)
+    stage.check(fetch=True)
+    request = _Request(stage, stage.key())
+    manifest = read_manifest(stage.out)
+    if manifest and not force and _state(request) == "unchanged":
+        log.info("%s: skipped, nothing changed since %s was written", stage.name, stage.out)
+        return StageResult(stage.out, manifest, skipped=True)
+    _refuse_foreign(stage.out)
     _prepare(request, force)
     started = time.perf_counter()
-    metrics = dict(produce(request.partial))
+    metrics = dict(stage.run(request.partial, stage.out if manifest and not force else None))
     manifest = Manifest(
-        request.stage,
-        request.key,
-        dict(request.inputs),
-        dict(request.config),
+        stage.name,
+        stage.version,
+        request.digest,
+        dict(request.key.inputs),
+        {section: asdict(values) for section, values in request.key.settings.items()},
+        dict(request.key.resolved),
         versions(),
         metrics,
         list_outputs(request.partial),
         round(time.perf_counter() - started, 3),
     )
     write_json(request.partial / MANIFEST, asdict(manifest))
-    _replace(request.partial, request.out.resolve())
-    return StageResult(request.out, manifest)
+    _replace(request.partial, stage.out.resolve())
+    return StageResult(stage.out, manifest)
+
+
+def run_stages(stages: Sequence[Stage], *, force: Collection[str] = ()) -> Iterator[StageResult]:
+    """Run stages in order, each when its result is asked for.
+
+    What a late stage would refuse is refused before the hours of the stages before it.
+
+    Args:
+        stages: each reads what those before it write.
+        force: names of the stages to redo even when nothing changed.
+    """
+    for stage in stages:
+        stage.check(fetch=True)
+    for stage in stages:
+        yield run_stage(stage, force=stage.name in force)
+
+
+def plan_stages(stages: Sequence[Stage], *, force: Collection[str] = ()) -> dict[str, str]:
+    """Name -> state of each stage, without doing anything; "follows" after one that is to run."""
+    for stage in stages:
+        stage.check(fetch=False)
+    plan: dict[str, str] = {}
+    for stage in stages:
+        waits = any(state != "unchanged" for state in plan.values())
+        plan[stage.name] = "follows" if waits else stage_state(stage, force=stage.name in force)
+    return plan
 
 
 def _refuse_foreign(out: Path) -> None:
@@ -250,12 +396,12 @@ def _refuse_foreign(out: Path) -> None:
         )
 
 
-def _prepare(request: Request, force: bool) -> None:
+def _prepare(request: _Request, force: bool) -> None:
     begun = request.partial.exists()
-    if begun and (force or _partial_key(request) != request.key):
+    if begun and (force or _partial_key(request) != request.digest):
         shutil.rmtree(request.partial)
     request.partial.mkdir(parents=True, exist_ok=True)
-    write_json(request.partial / _KEY_FILE, {"key": request.key})
+    write_json(request.partial / _KEY_FILE, {"key": request.digest})
 
 
 def _replace(new: Path, out: Path) -> None:

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from synthkit.artifacts import SYNTHETIC, Request, StageResult, fingerprint, read_manifest, run_stage
+from synthkit.artifacts import Key, fingerprint, read_manifest
 from synthkit.data.images import ImageSet
 from synthkit.errors import DataError, ModelError
 from synthkit.learning.curves import CURVES
@@ -26,7 +26,7 @@ from synthkit.recipes.procedures import BRIDGED
 from synthkit.recipes.settings import AdaptSettings, TrainSettings
 from synthkit.recipes.train import (
     Material,
-    key_settings,
+    check_settings,
     untrained_student,
     weights_fingerprint,
 )
@@ -37,57 +37,70 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def adapt_request(
-    settings: AdaptSettings, training: TrainSettings, student_dir: Path | None, photos: ImageSet, out: Path
-) -> Request:
-    """What `adapt` would make.
+@dataclass(frozen=True)
+class Adapt:
+    """The stage `adapt`.
 
-    Raises:
-        ConfigError: `--path` names no path, or contradicts `--layers`.
-        ModelError: there is no student's folder.
-    """
-    candidates(settings, knows_classes=student_dir is not None)
-    if student_dir and not student_dir.is_dir():
-        raise ModelError(f"no student in {student_dir}; give a timm folder, or run `synthkit train` first")
-    inputs = {"photos": photos.digest}
-    if student_dir:
-        inputs["student"] = fingerprint(student_dir)
-    elif training.weights:
-        inputs["weights"] = weights_fingerprint(Path(training.weights))
-    asked = {name: value for name, value in asdict(settings).items() if (name, value) != ("head", "auto")}
-    config = {"adapt": asked, "train": {**training.keyed(), "weights": bool(training.weights)}}
-    return Request(stage="adapt", out=out, inputs=inputs, config=config)
-
-
-def adapt(
-    settings: AdaptSettings,
-    training: TrainSettings,
-    student_dir: Path | None,
-    photos: ImageSet,
-    out: Path,
-    force: bool = False,
-) -> StageResult:
-    """Make the adapted student's folder, or find it made.
-
-    Args:
-        settings: the stage's settings.
+    Attributes:
+        settings: of the stage.
         training: how all layers are trained, and which student is taken where no folder is given.
-        student_dir: what `train` wrote, or another timm folder; None: start from pretrained weights.
+        student_dir: what `train` writes, or another timm folder; None: start from pretrained weights.
         photos: the real few shots.
         out: the folder to write.
-        force: adapt again even when nothing changed.
-
-    Returns:
-        The stage; its metrics are the path, the reason and every path's verdict.
     """
 
-    def produce(work: Path) -> dict[str, Any]:
+    name: ClassVar[str] = "adapt"
+    version: ClassVar[int] = 1
+
+    settings: AdaptSettings
+    training: TrainSettings
+    student_dir: Path | None
+    photos: ImageSet
+    out: Path
+
+    def check(self, *, fetch: bool) -> None:
+        """Refuse settings that contradict each other.
+
+        Args:
+            fetch: has no part in this stage; pretrained weights are fetched when it runs.
+
+        Raises:
+            ConfigError: a path is named that needs a student that knows the classes, or there are no weights.
+        """
+        candidates(self.settings, knows_classes=self.student_dir is not None)
+        check_settings(self.training)
+        if self.student_dir is None and self.training.weights:
+            weights_fingerprint(Path(self.training.weights))
+
+    def key(self) -> Key:
+        """Photos and student, or weights, by content.
+
+        Raises:
+            ModelError: there is no student's folder.
+        """
+        inputs = {"photos": self.photos.digest}
+        if self.student_dir:
+            if not self.student_dir.is_dir():
+                raise ModelError(
+                    f"no student in {self.student_dir}; give a timm folder, or run `synthkit train` first"
+                )
+            inputs["student"] = fingerprint(self.student_dir)
+        elif self.training.weights:
+            inputs["weights"] = weights_fingerprint(Path(self.training.weights))
+        return Key(inputs, {self.name: self.settings, "train": self.training})
+
+    def run(self, work: Path, previous: Path | None) -> dict[str, Any]:
+        """Choose a path by cross-validation and follow it.
+
+        Returns:
+            the path, the reason and every path's result.
+        """
         from synthkit.learning.fit import Examples
 
-        start = _start(student_dir, training, photos)
-        distinct = photos.distinct().with_classes(start.student.classes)
+        start = _start(self.student_dir, self.training, self.photos)
+        distinct = self.photos.distinct().with_classes(start.student.classes)
         examples = Examples(distinct, start.student.preprocessing)
-        site = Site(start, examples, settings, training)
+        site = Site(start, examples, self.settings, self.training)
         choice = choose_path(site)
         log.info("adapt: %s, %s", choice.path.name, choice.reason)
         _student(site, choice, work / CURVES).save(work)
@@ -95,11 +108,9 @@ def adapt(
         metrics = {"path": choice.path.name, "steps": site.steps(choice.path), "reason": choice.reason}
         return {**metrics, "cross_validation": scores}
 
-    return run_stage(adapt_request(settings, training, student_dir, photos, out), produce, force=force)
-
 
 def _start(student_dir: Path | None, training: TrainSettings, photos: ImageSet) -> Start:
-    from synthkit.learning.students import has_learned, load_student
+    from synthkit.learning.students import SYNTHETIC, has_learned, load_student
 
     if student_dir is None:
         return Start(untrained_student(training, Material(None, photos)), False, None)
@@ -127,7 +138,7 @@ def _as_full(student_dir: Path, training: TrainSettings) -> Student | None:
     from synthkit.learning.students import load_student
 
     manifest = read_manifest(student_dir)
-    same = manifest is not None and manifest.config == key_settings(training)
+    same = manifest is not None and manifest.settings == {"train": asdict(training)}
     return load_student(student_dir) if same and training.procedure == BRIDGED else None
 
 

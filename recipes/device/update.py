@@ -168,9 +168,11 @@ def _figures(site: Site, refit: Refit) -> dict[str, Any]:
 def _write_manifest(work: Path, request: Mapping[str, Any], found: Mapping[str, Any], started: float) -> None:
     made = Manifest(
         stage=STAGE,
+        version=1,
         key=digest(request),
         inputs={"photos": str(request["photos"])},
-        config=dict(request["config"]),
+        settings={},
+        resolved=dict(request["config"]),
         versions=versions(),
         metrics=dict(found),
         outputs=list_outputs(work),

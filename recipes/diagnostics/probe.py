@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from synthkit.artifacts import Request, run_stage, versions
+from synthkit.artifacts import FunctionStage, Key, run_stage, versions
 from synthkit.data.images import ImageSet
 from synthkit.data.splits import check_disjoint, draw, stratified_folds
 from synthkit.errors import ConfigError, DataError, ModelError, nearest
@@ -156,9 +156,9 @@ class Probe:
             inputs["like"] = self.like.digest
         if self.training.weights:
             inputs["weights"] = weights_fingerprint(Path(self.training.weights))
-        config = {**self.training.keyed(), "weights": bool(self.training.weights), **about}
-        request = Request("probe", self.root / name, inputs, config)
-        return float(run_stage(request, lambda work: {"top1": measure(work)}).manifest.metrics["top1"])
+        key = Key(inputs, {"train": self.training}, about)
+        stage = FunctionStage("probe", self.root / name, key, lambda work: {"top1": measure(work)})
+        return float(run_stage(stage).manifest.metrics["top1"])
 
     def score(self, student: Student, inputs: str = "photos") -> float:
         """Top-1 on the photos that measure."""

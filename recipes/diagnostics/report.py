@@ -113,7 +113,7 @@ def _stage(manifest: Manifest) -> dict[str, Any]:
         "name": manifest.stage,
         "seconds": manifest.seconds,
         "synthkit": manifest.versions.get("synthkit", ""),
-        "config": json.dumps(manifest.config, indent=1, ensure_ascii=False),
+        "config": json.dumps({**manifest.settings, **manifest.resolved}, indent=1, ensure_ascii=False),
         "metrics": json.dumps(manifest.metrics, indent=1, ensure_ascii=False),
     }
 
@@ -133,7 +133,7 @@ def _style(folder: Path, manifest: Manifest | None) -> dict[str, Any] | None:
             }
             for name in losses
         ],
-        "control": bool(manifest.config.get("control")),
+        "control": bool(manifest.settings.get("learn-style", {}).get("control")),
         "chart": _loss_chart(losses),
         "clusters": _embedded(folder / "clusters.png") if (folder / "clusters.png").is_file() else None,
     }

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
 import synthkit
-from synthkit.artifacts import Request, StageResult, fingerprint, run_stage
+from synthkit.artifacts import Key, fingerprint
 from synthkit.data.images import ImageSet, Preprocessing
 from synthkit.data.splits import check_disjoint
 from synthkit.engines.bundle import format as bundle
@@ -67,71 +67,76 @@ class Images:
         return {name: images for name, images in sets.items() if images is not None}
 
 
-def export_request(
-    student_dir: Path,
-    out: Path,
-    photos: ImageSet | None,
-    settings: ExportSettings | None = None,
-    others: Images | None = None,
-) -> Request:
-    """What `run_export` is asked for; its key says whether the bundle is up to date.
+@dataclass(frozen=True)
+class Export:
+    """The stage `export`: timm folder -> bundle.
 
-    Raises:
-        ModelError: there is no student's folder.
-        ConfigError: a setting contradicts another.
-    """
-    settings = settings or ExportSettings()
-    if not student_dir.is_dir():
-        raise ModelError(f"no student in {student_dir}; give a timm folder, or run `synthkit train` first")
-    chosen_precisions(settings.precision)
-    images = replace(others or Images(), photos=photos)
-    inputs = {
-        "student": fingerprint(student_dir),
-        **{name: one.digest for name, one in images.given().items()},
-    }
-    return Request("export", out, inputs, {"bundle_schema": bundle.SCHEMA, "export": asdict(settings)})
-
-
-def run_export(
-    student_dir: Path,
-    out: Path,
-    photos: ImageSet | None = None,
-    force: bool = False,
-    settings: ExportSettings | None = None,
-    others: Images | None = None,
-) -> StageResult:
-    """The `export` stage: timm folder -> bundle.
-
-    Args:
-        student_dir: the student's timm folder.
-        out: the bundle's folder.
-        photos: what the student was trained on; see `Images`.
-        force: redo it even when nothing changed.
+    Attributes:
         settings: precisions and target.
-        others: synthetic and test images.
-
-    Raises:
-        DataError: the test images share one with what the student saw, or hold an unknown class.
-        ConfigError: a setting contradicts another.
+        student_dir: the student's timm folder, which the stages before may have yet to write.
+        out: the bundle's folder.
+        images: what may be looked at.
     """
-    settings = settings or ExportSettings()
-    images = replace(others or Images(), photos=photos)
-    request = export_request(student_dir, out, photos, settings, images)
-    _refuse_shared(images)
 
-    def produce(work: Path) -> dict[str, Any]:
+    name: ClassVar[str] = "export"
+    version: ClassVar[int] = 1
+
+    settings: ExportSettings
+    student_dir: Path
+    out: Path
+    images: Images = field(default_factory=Images)
+
+    def check(self, *, fetch: bool) -> None:
+        """Refuse settings that contradict each other, and test images that were learned.
+
+        Args:
+            fetch: has no part in this stage.
+
+        Raises:
+            ConfigError: a setting contradicts another.
+            DataError: the test images share one with what the student saw.
+        """
+        chosen_precisions(self.settings.precision)
+        _refuse_shared(self.images)
+
+    def key(self) -> Key:
+        """Student and images by content.
+
+        Raises:
+            ModelError: there is no student's folder.
+        """
+        if not self.student_dir.is_dir():
+            raise ModelError(
+                f"no student in {self.student_dir}; give a timm folder, or run `synthkit train` first"
+            )
+        inputs = {
+            "student": fingerprint(self.student_dir),
+            **{name: one.digest for name, one in self.images.given().items()},
+        }
+        return Key(inputs, {self.name: self.settings}, {"bundle_schema": bundle.SCHEMA})
+
+    def run(self, work: Path, previous: Path | None) -> dict[str, Any]:
+        """Write the bundle and verify it.
+
+        Returns:
+            parity, cost and size of every precision.
+
+        Raises:
+            ConfigError: int8 has no images to find its ranges with, or the default is not exported.
+            DataError: the test images hold an unknown class.
+            ParityError: an exported model does not compute what the student computes.
+        """
         from synthkit.learning.students import load_student
 
-        student = load_student(student_dir)
+        photos = self.images.photos
+        student = load_student(self.student_dir)
         inputs = _noise(student.preprocessing) if photos is None else photos.load(student.preprocessing)
         trained_on = [] if photos is None else sorted({item.sha256 for item in photos.items})
-        lineage = {"student": request.inputs["student"], "trained_on": trained_on}
-        found = export_student_bundle(student, inputs, lineage, None, work, settings, images)
+        lineage = {"student": fingerprint(self.student_dir), "trained_on": trained_on}
+        found = export_student_bundle(student, inputs, lineage, None, work, self.settings, self.images)
         if photos is not None:
             remember(work, photos.with_classes(student.classes))
         return found
-
-    return run_stage(request, produce, force=force)
 
 
 def _refuse_shared(images: Images) -> None:

@@ -15,27 +15,19 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from synthkit.artifacts import (
-    Request,
-    StageResult,
-    file_sha256,
-    fingerprint,
-    read_manifest,
-    run_stage,
-    write_bytes,
-)
+from synthkit.artifacts import Key, file_sha256, fingerprint, read_manifest, same_key, write_bytes
 from synthkit.calibration.filters.screening import Filters, chosen_filters, filter_inputs, fit_filters
 from synthkit.data.images import ImageSet
 from synthkit.diffusion import style_token as style_files
-from synthkit.engines.diffusion.engines_folder import check_same_model
-from synthkit.errors import EngineError
+from synthkit.engines.diffusion.engines_folder import check_same_model, existing_engines
+from synthkit.models import prompt_synonyms, resolve_model
 from synthkit.recipes.generation.filter_report import rejected_grids
-from synthkit.recipes.generation.plan import Planned, Words, make_plan, number_or_range
+from synthkit.recipes.generation.plan import Planned, make_plan
 from synthkit.recipes.generation.ray_sampler import draw_with_ray
 from synthkit.recipes.generation.rejections import REJECTED, Rounds
 from synthkit.recipes.generation.sampler import Job, draw_images
@@ -45,103 +37,118 @@ log = logging.getLogger(__name__)
 
 METADATA = "metadata.jsonl"
 
-#: Settings that change no image, or count in a form of their own.
-_NOT_IN_KEY = ("batch_size", "ray", "ray_workers", "steps", "guidance")
-_ALWAYS_IN_KEY = ("per_class", "seed")
+# Stands for a token that is not learned yet, where only the form of prompts is looked at.
+PLACEHOLDER = "<style>"
 
 
 @dataclass(frozen=True)
-class Screening:
-    """What filters are to reject.
+class Generate:
+    """The stage `generate`; an interrupted set is gone on with.
+
+    A finished set that lost files, or whose files were changed, gets just these again; with filters, whose
+    results are on whole sets, it is drawn anew.
 
     Attributes:
-        choices: which filters, and how strict.
-        test: test photos, which no image may resemble.
+        settings: of the stage.
+        engines_dir: what `build-engines` wrote.
+        classes: class names, which become folder names.
+        out: the folder to write.
+        own_words: class name -> the user's words for it, where there are some.
+        model: the generator whose class words are used, as `resolve_model` takes it; None: the engines'.
+        style: a file of style tokens, or None for plain prompts.
+        photos: the real photos, to start from and to take filters' thresholds from.
+        filters: which images are rejected.
+        test: test photos, which no image may resemble where the filter "leak" is on.
     """
 
-    choices: FilterSettings = dataclasses.field(default_factory=FilterSettings)
+    name: ClassVar[str] = "generate"
+    version: ClassVar[int] = 1
+
+    settings: GenerateSettings
+    engines_dir: Path
+    classes: tuple[str, ...]
+    out: Path
+    own_words: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    model: str | None = None
+    style: Path | None = None
+    photos: ImageSet | None = None
+    filters: FilterSettings = dataclasses.field(default_factory=FilterSettings)
     test: ImageSet | None = None
 
+    def check(self, *, fetch: bool) -> None:
+        """Refuse settings, classes and filters that cannot be used.
 
-def generate_request(
-    settings: GenerateSettings,
-    engines_dir: Path,
-    classes: Words,
-    style: Path | None,
-    out: Path,
-    photos: ImageSet | None = None,
-    screening: Screening | None = None,
-) -> Request:
-    """What `generate` would make; what changes no image is left out.
+        Args:
+            fetch: whether a hub model may be fetched to look at its class words.
 
-    Args:
-        settings: the stage's settings.
-        engines_dir: what `build_engines` wrote.
-        classes: class name -> the words for it in prompts, one or several.
-        style: a file of style tokens, or None.
-        out: the folder to write.
-        photos: the real photos, to start from and to take filters' thresholds from.
-        screening: what filters are to reject; None: nothing.
+        Raises:
+            ConfigError: a class name cannot be a folder's name, or a setting cannot be used.
+            DataError: a class has no photo to start from.
+            ModelError: the generator does not draw a class.
+        """
+        if self.model:
+            resolve_model(self.model, download=fetch)
+        if self.model or self.engines_dir.is_dir():
+            token = [] if self.style is None else [(PLACEHOLDER, 1.0)]
+            make_plan(self.settings, self.words, token, self.photos)
+        filter_inputs(self.filters, self.photos, self.test)
 
-    Raises:
-        ConfigError: a class name cannot be a folder's name, or a setting cannot be used.
-        DataError: a class has no photo to start from.
-        EngineError: there is no engines folder.
-        ModelError: the style cannot be read, or was learned for another model.
-    """
-    if not engines_dir.is_dir():
-        raise EngineError(f"no engines folder {engines_dir}; make it with `synthkit build-engines`")
-    if style:
-        check_same_model(style, engines_dir)
-    make_plan(settings, classes, _shares(style), photos)
-    choices, test = (screening.choices, screening.test) if screening else (FilterSettings(), None)
-    inputs = {"engines": fingerprint(engines_dir), "style": style_digest(style)}
-    if settings.init == "real" and photos:
-        inputs["photos"] = photos.digest
-    return Request(
-        stage="generate",
-        out=out,
-        inputs=inputs | filter_inputs(choices, photos, test),
-        config={
-            "classes": {name: _key_words(one) for name, one in classes.items()},
-            **_key_settings(settings),
-            **_key_filters(choices),
-        },
-    )
+    def key(self) -> Key:
+        """Engines, style and words by content; what changes no image is left out.
 
+        Raises:
+            EngineError: there is no engines folder.
+            ModelError: the style cannot be read, or was learned for another model.
+        """
+        existing_engines(self.engines_dir)
+        if self.style:
+            check_same_model(self.style, self.engines_dir)
+        inputs = {"engines": fingerprint(self.engines_dir), "style": style_digest(self.style)}
+        if self.settings.init == "real" and self.photos:
+            inputs["photos"] = self.photos.digest
+        filters = self.filters if self._filtered else FilterSettings()
+        return Key(
+            inputs=inputs | filter_inputs(self.filters, self.photos, self.test),
+            settings={self.name: self.settings, "filter": filters},
+            resolved={"classes": {name: list(several) for name, several in self.words.items()}},
+        )
 
-def _key_words(words: str | Sequence[str]) -> str | list[str]:
-    several = [words] if isinstance(words, str) else list(words)
-    return several[0] if len(several) == 1 else several
+    @property
+    def words(self) -> dict[str, tuple[str, ...]]:
+        """Class name -> the words for it in prompts.
 
+        Raises:
+            ModelError: the generator does not draw a class.
+        """
+        folder = resolve_model(self.model, download=False) if self.model else self.engines_dir
+        return prompt_synonyms(folder, self.classes, self.own_words)
 
-def _key_settings(settings: GenerateSettings) -> dict[str, Any]:
-    """The settings of a set's key; one that has its default only where it always counted."""
-    usual = GenerateSettings()
-    values = {
-        field.name: getattr(settings, field.name)
-        for field in dataclasses.fields(settings)
-        if field.name not in _NOT_IN_KEY
-    }
-    if settings.init == "noise":
-        del values["strength"]
-    return {
-        "steps": number_or_range("steps", settings.steps, int),
-        "guidance": number_or_range("guidance", settings.guidance, float),
-        **{
-            name: value
-            for name, value in values.items()
-            if name in _ALWAYS_IN_KEY or value != getattr(usual, name)
-        },
-    }
+    @property
+    def _filtered(self) -> bool:
+        return bool(chosen_filters(self.filters))
 
+    def run(self, work: Path, previous: Path | None) -> dict[str, Any]:
+        """Draw what is missing, and again what the filters reject.
 
-def _key_filters(choices: FilterSettings) -> dict[str, Any]:
-    if not chosen_filters(choices):
-        return {}
-    values = dataclasses.asdict(choices)
-    del values["classifier"]  # its content is among the inputs
-    return {"filters": values}
+        Returns:
+            `written`, `skipped`, `rejected`, `given_up`, `images_per_second` and `per_class`.
+
+        Raises:
+            EngineError: the engines cannot be used or draw NaN, or the Ray cluster fails.
+            ModelError: the style belongs to another model, or a prompt is too long.
+        """
+        _clear_torn(work)
+        plan = make_plan(self.settings, self.words, _shares(self.style), self.photos)
+        job = _job(self.settings, self.engines_dir, self.style, blank=self._filtered)
+        rounds = Rounds(work, plan, self.filters.retries)
+        if previous and not self._filtered:
+            _take_over(self, previous, work, rounds.images)
+        asked = (self.filters, self.photos, self.test, plan.words)
+        filters = fit_filters(*asked) if self._filtered else None
+        drawn = _draw_rounds(rounds, filters, work, lambda images: _draw(self.settings, job, images, work))
+        _write_metadata(work, rounds.images, job, self.key())
+        rejected_grids(work)
+        return drawn | _totals(rounds, filters, work)
 
 
 def style_digest(style: Path | None) -> str:
@@ -165,62 +172,6 @@ def _shares(style: Path | None) -> list[tuple[str, float]]:
     return list(zip(names, style_files.shares(style), strict=True))
 
 
-def generate(
-    settings: GenerateSettings,
-    engines_dir: Path,
-    classes: Words,
-    style: Path | None,
-    out: Path,
-    force: bool = False,
-    photos: ImageSet | None = None,
-    screening: Screening | None = None,
-) -> StageResult:
-    """Draw the synthetic set, or find it drawn; an interrupted one is gone on with.
-
-    A finished set that lost files, or whose files were changed, gets just these again; with filters, whose
-    verdicts are on whole sets, it is drawn anew.
-
-    Args:
-        settings: the stage's settings.
-        engines_dir: what `build_engines` wrote.
-        classes: class name -> the words for it in prompts, one or several.
-        style: a file of style tokens, or None for plain prompts.
-        out: the folder to write.
-        force: draw again even when nothing changed.
-        photos: the real photos, to start from and to take filters' thresholds from.
-        screening: what filters are to reject; None: nothing.
-
-    Returns:
-        the stage; its metrics are `written`, `skipped`, `rejected`, `given_up`, `images_per_second` and
-        `per_class`.
-
-    Raises:
-        ConfigError: a class name cannot be a folder's name, or a setting cannot be used.
-        DataError: a class has no photo to start from.
-        EngineError: the engines cannot be used or draw NaN, or the Ray cluster fails.
-        ModelError: the style belongs to another model, or a prompt is too long.
-    """
-    request = generate_request(settings, engines_dir, classes, style, out, photos, screening)
-    plan = make_plan(settings, classes, _shares(style), photos)
-    screening = screening or Screening()
-    filtered = bool(chosen_filters(screening.choices))
-    job = _job(settings, engines_dir, style, blank=filtered)
-
-    def produce(work: Path) -> dict[str, Any]:
-        _clear_torn(work)
-        rounds = Rounds(work, plan, screening.choices.retries)
-        if not filtered and not force:
-            _take_over(request, rounds.images)
-        asked = (screening.choices, photos, screening.test, plan.words)
-        filters = fit_filters(*asked) if filtered else None
-        drawn = _draw_rounds(rounds, filters, work, lambda images: _draw(settings, job, images, work))
-        _write_metadata(work, rounds.images, job, request)
-        rejected_grids(work)
-        return drawn | _totals(rounds, filters, work)
-
-    return run_stage(request, produce, force=force)
-
-
 def _job(settings: GenerateSettings, engines_dir: Path, style: Path | None, blank: bool) -> Job:
     return Job(
         engines_dir,
@@ -239,13 +190,13 @@ def _clear_torn(work: Path) -> None:
         path.unlink()
 
 
-def _take_over(request: Request, images: Sequence[Planned]) -> None:
+def _take_over(stage: Generate, previous: Path, work: Path, images: Sequence[Planned]) -> None:
     """Bring over what is whole of a finished set of the same key, which lacks something or was changed."""
-    manifest = read_manifest(request.out)
-    if manifest is None or manifest.key != request.key:
+    manifest = read_manifest(previous)
+    if manifest is None or not same_key(stage, manifest):
         return
     for image in images:
-        old, new = request.out / image.file_name, request.partial / image.file_name
+        old, new = previous / image.file_name, work / image.file_name
         entry = manifest.outputs.get(image.file_name, {})
         if old.is_file() and not new.exists() and file_sha256(old) == entry.get("sha256"):
             new.parent.mkdir(exist_ok=True)
@@ -295,13 +246,13 @@ def _totals(rounds: Rounds, filters: Filters | None, work: Path) -> dict[str, An
     return told
 
 
-def _write_metadata(work: Path, images: Sequence[Planned], job: Job, request: Request) -> None:
+def _write_metadata(work: Path, images: Sequence[Planned], job: Job, key: Key) -> None:
     """One line per image: what `redo` needs to draw it again, and the SHA-256 of what was drawn."""
     common = {
         "negative_prompt": job.negative,
         "model": _model(job.engines_dir),
-        "engines": request.inputs["engines"],
-        "style": request.inputs["style"],
+        "engines": key.inputs["engines"],
+        "style": key.inputs["style"],
     }
     lines = (json.dumps(_line(image, work, job, common), ensure_ascii=False) + "\n" for image in images)
     write_bytes(work / METADATA, "".join(lines).encode())
@@ -328,4 +279,4 @@ def _line(image: Planned, work: Path, job: Job, common: dict[str, Any]) -> dict[
 
 def _model(engines_dir: Path) -> str:
     manifest = read_manifest(engines_dir)
-    return str(manifest.config["model"]) if manifest else engines_dir.resolve().name
+    return str(manifest.resolved["model"]) if manifest else engines_dir.resolve().name

@@ -21,13 +21,12 @@ from tqdm import tqdm
 
 from synthkit import standalone
 from synthkit.artifacts import write_bytes
-from synthkit.data.images import png
+from synthkit.data.images import png, whole_picture
 from synthkit.diffusion.style_token import StyleToken
 from synthkit.engines.diffusion.pipeline import EnginePipeline, Start
 from synthkit.engines.diffusion.text_encoder import TextEmbeddings
 from synthkit.errors import BadImages
 from synthkit.recipes.generation.plan import Photo, Planned
-from synthkit.recipes.learn_style import whole_picture
 
 
 @dataclass(frozen=True)

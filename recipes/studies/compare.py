@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from synthkit.artifacts import Request, digest, run_stage, versions, write_json
+from synthkit.artifacts import FunctionStage, Key, digest, run_stage, versions, write_json
 from synthkit.data.images import ImageSet
 from synthkit.data.splits import check_disjoint, k_shot
 from synthkit.metrics import classification as metrics
 from synthkit.models import model_fingerprint, resolve_model
-from synthkit.recipes.build_engines import build_engines
+from synthkit.recipes.build_engines import BuildEngines
 from synthkit.recipes.chain import ChainSettings, Workspace
 from synthkit.recipes.procedures import BRIDGED
 from synthkit.recipes.studies.methods import ADAPTED, METHODS, Draw, answers
@@ -114,17 +114,17 @@ def run_cell(
     draw = cell_draw(settings, root, photos, cell, test)
     model = resolve_model(settings.engines.model)
     inputs = {"photos": photos.digest, "test": test.digest, "model": model_fingerprint(model)}
-    inputs["words"] = digest(draw.synonyms)
+    inputs["words"] = digest(draw.chain.generate.words)
     if settings.train.weights:
         inputs["weights"] = weights_fingerprint(Path(settings.train.weights))
-    config = {**asdict(draw.settings), "methods": list(methods)}
+    key = Key(inputs, draw.settings.sections(), {"methods": list(methods)})
 
     def produce(work: Path) -> dict[str, Any]:
         predicted = measure(draw, test, methods)
         write_json(work / _PREDICTIONS, {method: one.tolist() for method, one in predicted.items()})
         return {"path": draw.path if ADAPTED in methods else None}
 
-    done = run_stage(Request("compare", draw.place.root / "scores", inputs, config), produce)
+    done = run_stage(FunctionStage("compare", draw.place.root / "scores", key, produce))
     predicted = json.loads((done.out / _PREDICTIONS).read_text(encoding="utf-8"))
     return Scores(cell, done.manifest.metrics["path"], predicted)
 
@@ -160,7 +160,7 @@ def compare(
     for cell in cells:
         k_shot(pool, cell.shots, cell.seed)  # refuses what cannot be drawn before any work
     test = test.with_classes(pool.classes)
-    build_engines(settings.engines, Workspace(root).engines)  # once, for all cells
+    run_stage(BuildEngines(settings.engines, Workspace(root).engines))  # once, for all cells
     measure_cell = functools.partial(run_cell, settings, root, pool, test, methods)
     scores = list(_measured(measure_cell, cells, jobs))
     scores.sort(key=lambda one: (one.cell.shots, one.cell.seed))

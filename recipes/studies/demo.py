@@ -15,12 +15,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from synthkit.artifacts import StageResult
+from synthkit.artifacts import StageResult, run_stage
 from synthkit.data.contact_sheet import contact_sheet
 from synthkit.data.images import ImageSet
 from synthkit.metrics.classification import top1
-from synthkit.recipes.chain import ChainSettings, Workspace, words_for_prompts
-from synthkit.recipes.generation.generate import generate
+from synthkit.recipes.chain import ChainSettings, Workspace
 from synthkit.recipes.studies.compare import measure
 from synthkit.recipes.studies.methods import ADAPTED, BRIDGED, FEW_SHOT, METHODS, SYNTHETIC_ONLY, Draw
 
@@ -71,14 +70,14 @@ def run_demo(
     draw = Draw(settings, place, photos, force)
     predicted = measure(draw, test, _COMPARED)
     rows = [DemoRow(METHODS[method].title, top1(one, test.labels)) for method, one in predicted.items()]
-    return DemoResult(draw.stages(), rows, draw.path, len(test), draw_sheet(settings, place, photos))
+    return DemoResult(draw.stages(), rows, draw.path, len(test), draw_sheet(draw))
 
 
-def draw_sheet(settings: ChainSettings, place: Workspace, photos: ImageSet) -> Path:
+def draw_sheet(draw: Draw) -> Path:
     """Real few shots beside synthetic images in the learned style and without it."""
-    words = words_for_prompts(settings.engines, photos)
-    few = replace(settings.generate, per_class=max(1, _PER_ROW // len(photos.classes) + 1))
-    plain = generate(few, place.engines, words, None, place.root / "plain")
+    place, photos, usual = draw.place, draw.photos, draw.chain.generate
+    few = replace(usual.settings, per_class=max(1, _PER_ROW // len(photos.classes) + 1))
+    plain = run_stage(replace(usual, settings=few, style=None, out=place.root / "plain"))
     rows = [
         ("real few shots", _pictures(photos)),
         ("synthetic, learned style", _pictures(ImageSet.scan(place.synthetic))),

@@ -21,24 +21,16 @@ from typing import Any
 
 import numpy as np
 
-from synthkit.artifacts import SYNTHETIC, StageResult
+from synthkit.artifacts import StageResult, run_stage
 from synthkit.config import override
 from synthkit.data.images import ImageSet
 from synthkit.engines.bundle.format import FACTS, Bundle
-from synthkit.engines.diffusion.engines_folder import base_model
-from synthkit.recipes.adaptation.adapt import adapt
-from synthkit.recipes.chain import (
-    ChainSettings,
-    Workspace,
-    chain_stages,
-    synonyms_for_prompts,
-    words_for_prompts,
-)
+from synthkit.recipes.adaptation.adapt import Adapt
+from synthkit.recipes.chain import Chain, ChainSettings, Workspace
 from synthkit.recipes.device.evaluate import predict_labels
-from synthkit.recipes.generation.generate import Screening, generate
-from synthkit.recipes.learn_style import TOKEN_FILE, learn_style
+from synthkit.recipes.learn_style import TOKEN_FILE
 from synthkit.recipes.procedures import PROCEDURES
-from synthkit.recipes.train import Material, train
+from synthkit.recipes.train import Train
 
 FEW_SHOT, SYNTHETIC_ONLY, BRIDGED, ADAPTED = "few-shot", "synthetic", "bridged++", "adapted"
 PLAIN, CONTROL, CLUSTERED, HALF_PLAIN = "plain", "control", "clustered", "half-plain"
@@ -65,8 +57,13 @@ class Draw:
     test: ImageSet | None = field(default=None)
 
     @cached_property
+    def chain(self) -> Chain:
+        """The chain on these photos."""
+        return Chain(self.settings, self.place, self.photos, test=self.test)
+
+    @cached_property
     def _running(self) -> Iterator[StageResult]:
-        return chain_stages(self.settings, self.place, self.photos, test=self.test, force=self.force)
+        return self.chain.run(force=self.force)
 
     @cached_property
     def _made(self) -> dict[str, StageResult]:
@@ -88,16 +85,6 @@ class Draw:
     def path(self) -> str:
         """What `adapt` chose."""
         return str(self.stage("adapt").manifest.metrics["path"])
-
-    @property
-    def words(self) -> dict[str, str]:
-        """Class name -> words for prompts."""
-        return words_for_prompts(self.settings.engines, self.photos)
-
-    @property
-    def synonyms(self) -> dict[str, tuple[str, ...]]:
-        """Class name -> all words of which each image draws one, as in the chain."""
-        return synonyms_for_prompts(self.settings.engines, self.photos)
 
 
 @dataclass(frozen=True)
@@ -132,16 +119,16 @@ def by_procedure(draw: Draw, procedure: str, **changes: Any) -> Path:
         changes: settings of `train` to change.
     """
     settings = override(draw.settings.train, {"procedure": procedure, **changes})
-    material = Material(ImageSet.scan(draw.stage("generate").out), draw.photos)
     folder = "-".join([procedure, *(f"{name}={value}" for name, value in changes.items())])
-    return train(settings, material, draw.place.root / "procedures" / folder).out
+    out = draw.place.root / "procedures" / folder
+    return run_stage(Train(settings, out, draw.stage("generate").out, draw.photos)).out
 
 
 def last_units(draw: Draw, count: int) -> Path:
     """The student of the synthetic images after its last units learned the photos."""
     settings = override(draw.settings.adapt, {"path": "auto", "layers": str(count)})
-    student = draw.stage("train").out
-    return adapt(settings, draw.settings.train, student, draw.photos, draw.place.root / f"last-{count}").out
+    student, out = draw.stage("train").out, draw.place.root / f"last-{count}"
+    return run_stage(Adapt(settings, draw.settings.train, student, draw.photos, out)).out
 
 
 def synthetic_set(draw: Draw, method: str) -> Path:
@@ -153,24 +140,26 @@ def synthetic_set(draw: Draw, method: str) -> Path:
     """
     if method == SYNTHETIC_ONLY:
         return draw.stage("generate").out
-    variant, engines = VARIANTS[method], draw.stage("build-engines").out
+    variant = VARIANTS[method]
+    draw.stage("build-engines")
     folder, token = draw.place.root / variant.folder, None
     if variant.style is not None:
-        style = replace(draw.settings.style, **variant.style)
-        learned = learn_style(style, base_model(engines), draw.photos, draw.words, folder / "style")
-        token = learned.out / TOKEN_FILE
-    settings = replace(draw.settings.generate, **variant.generate)
-    asked = (settings, engines, draw.synonyms, token, folder / "synthetic")
-    screening = Screening(draw.settings.filter, draw.test)
-    return generate(*asked, photos=draw.photos, screening=screening).out
+        style = draw.chain.learn_style
+        changed = replace(style.settings, **variant.style)
+        token = run_stage(replace(style, settings=changed, out=folder / "style")).out / TOKEN_FILE
+    usual = draw.chain.generate
+    settings = replace(usual.settings, **variant.generate)
+    return run_stage(replace(usual, settings=settings, style=token, out=folder / "synthetic")).out
 
 
 def synthetic_only(draw: Draw, method: str) -> Path:
     """The student of a method's synthetic images alone."""
+    from synthkit.learning.students import SYNTHETIC
+
     if method == SYNTHETIC_ONLY:
         return draw.stage("train").out / SYNTHETIC
-    material = Material(ImageSet.scan(synthetic_set(draw, method)), None)
-    return train(draw.settings.train, material, draw.place.root / VARIANTS[method].folder / "student").out
+    out = draw.place.root / VARIANTS[method].folder / "student"
+    return run_stage(Train(draw.settings.train, out, synthetic_set(draw, method))).out
 
 
 @dataclass(frozen=True)

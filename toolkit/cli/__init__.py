@@ -33,6 +33,7 @@ COMMANDS = {
     "gap": "Tell how synthetic images differ from real photos.",
     "report": "Write everything of a workspace as one HTML page.",
     "doctor": "Tell what this machine can really run.",
+    "settings": "Print every setting as a recipe.",
     "demo": "Run the whole chain on embedded real data.",
 }
 

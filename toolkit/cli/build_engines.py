@@ -2,38 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import click
-
-from synthkit.artifacts import stage_state, workspace_lock
+from synthkit.artifacts import plan_stages, run_stage, workspace_lock
 from synthkit.cli import options
+
+if TYPE_CHECKING:
+    from synthkit.recipes.build_engines import BuildEngines
 
 
 @options.command("build-engines")
-@options.stage_options
-@options.settings_options("build-engines")
-@click.option(
-    "-o", "--out", type=click.Path(path_type=Path), help="Folder to write.  [default: WORKSPACE/engines]"
+@options.folder("--out", "Folder to write.  [default: WORKSPACE/engines]")
+@options.setting_flags(
+    "build-engines.model",
+    "build-engines.backend",
+    "build-engines.precision",
+    "build-engines.batch",
+    "build-engines.size",
 )
-def command(
-    workspace: Path, out: Path | None, config: Path | None, force: bool, dry_run: bool, **values: Any
-) -> options.Output:
+@options.stage_options
+def command(workspace: Path, out: Path | None, force: bool, dry_run: bool, **recipe: Any) -> options.Output:
     """Turn a diffusion model into engines, once per device, and verify that they compute the same.
 
     \b
-    Example:
-      synthkit build-engines --backend tensorrt --batch 1:16:64
+    Example: synthkit build-engines
+    Example: synthkit build-engines --model ./stable-diffusion-v1-5 --backend tensorrt --batch 1:16:64
     """
-    from synthkit.recipes.build_engines import build_engines, engine_list
+    from synthkit.recipes.build_engines import BuildEngines, engine_list
+    from synthkit.recipes.settings import EngineSettings
 
-    settings = options.gather_settings(config, values, "build-engines")["build-engines"]
-    target = out or workspace / "engines"
+    settings = options.given(recipe).over("build-engines", EngineSettings())
+    stage = BuildEngines(settings, out or workspace / "engines")
     if dry_run:
-        return _dry_run(settings, target)
+        return _dry_run(stage, force)
     with workspace_lock(workspace):
-        result = build_engines(settings, target, force)
+        result = run_stage(stage, force=force)
     engines = engine_list(result)
     rows = [
         f"  {one['component']:<13} {one['path']:<25} max error {one['max_abs_error']:.2g}" for one in engines
@@ -45,28 +50,28 @@ def command(
     )
 
 
-def _dry_run(settings: Any, target: Path) -> options.Output:
+def _dry_run(stage: BuildEngines, force: bool) -> options.Output:
     """What would be done; TensorRT's plans also where TensorRT itself is absent."""
     from synthkit.errors import EngineError
-    from synthkit.recipes.build_engines import build_engines_request, preview_plans
+    from synthkit.recipes.build_engines import preview_plans
 
     try:
-        request = build_engines_request(settings, target)
-        state, config = stage_state(request), dict(request.config)
+        state = plan_stages([stage], force=[stage.name] if force else [])[stage.name]
+        backend, resolved = stage.backend, dict(stage.key().resolved)
     except EngineError as error:
-        if settings.backend != "tensorrt":
+        if stage.settings.backend != "tensorrt":
             raise
-        state, config = f"not possible here: {error}", {"backend": "tensorrt"}
-    lines = [f"would build {settings.model} for {config['backend']} in {target} ({state})"]
-    data = {"dry_run": True, "state": state, "config": config, "out": target}
-    if config["backend"] == "tensorrt":
-        plans = preview_plans(settings)
+        state, backend, resolved = f"not possible here: {error}", "tensorrt", {"backend": "tensorrt"}
+    lines = [f"would build {stage.settings.model} for {backend} in {stage.out} ({state})"]
+    data = {"dry_run": True, "state": state, "resolved": resolved, "out": stage.out}
+    if backend == "tensorrt":
+        plans = preview_plans(stage.settings)
         data["plans"] = plans
         lines += [line for plan in plans for line in _plan_lines(plan)]
     return options.Output(data, "\n".join(lines))
 
 
-def _plan_lines(plan: dict[str, Any]) -> list[str]:
+def _plan_lines(plan: Mapping[str, Any]) -> list[str]:
     commands = plan["trtexec"]
     older = "8" if int(plan["tensorrt"].partition(".")[0]) < 10 else "10"
     return [

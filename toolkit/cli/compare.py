@@ -10,8 +10,6 @@ import click
 from synthkit.cli import options
 from synthkit.errors import nearest
 
-_SECTIONS = ("adapt", "train", "generate", "filter", "learn-style", "build-engines")
-
 
 def _numbers(_context: click.Context, _option: click.Parameter, text: str) -> list[int]:
     parts = text.split(",")
@@ -33,8 +31,14 @@ def _method_names(_context: click.Context, _option: click.Parameter, text: str) 
 
 
 @options.command("compare")
-@options.settings_options(*_SECTIONS)
-@click.option("--config", type=click.Path(path_type=Path), help="TOML recipe with the settings.")
+@options.setting_flags(
+    "train.student",
+    "train.weights",
+    "train.pretrained",
+    "generate.per_class",
+    "adapt.seed+train.seed+generate.seed+learn-style.seed",
+)
+@options.recipe_options
 @click.option(
     "--methods",
     callback=_method_names,
@@ -63,8 +67,7 @@ def command(
     seeds: int,
     methods: list[str],
     jobs: int,
-    config: Path | None,
-    **values: Any,
+    **recipe: Any,
 ) -> options.Output:
     """Run the chain and the methods it is compared with on several draws of photos, and make a table.
 
@@ -75,18 +78,10 @@ def command(
     """
     from synthkit.artifacts import workspace_lock, write_bytes, write_json
     from synthkit.data.images import ImageSet
-    from synthkit.recipes.chain import ChainSettings
+    from synthkit.recipes.chain import ChainSettings, Workspace
     from synthkit.recipes.studies.compare import Cell, compare, plot
 
-    found = options.gather_settings(config, values, *_SECTIONS)
-    settings = ChainSettings(
-        engines=found["build-engines"],
-        style=found["learn-style"],
-        generate=found["generate"],
-        filter=found["filter"],
-        train=found["train"],
-        adapt=found["adapt"],
-    )
+    settings = ChainSettings.from_given(options.given(recipe), Workspace(workspace))
     first = settings.adapt.seed
     cells = [Cell(count, seed) for count in shots for seed in range(first, first + seeds)]
     with workspace_lock(workspace):

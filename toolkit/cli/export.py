@@ -6,19 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import click
-
 from synthkit.cli import options
 
 
 @options.command("export")
+@options.folder("--student", "timm folder.  [default: WORKSPACE/adapted]")
+@options.folder("--real-dir", "Photos that it was trained on, for the parity check.")
+@options.folder("--synth-dir", "Synthetic images, for int8's ranges too.")
+@options.folder("--test-dir", "Test images, to measure every precision.")
+@options.folder("--out", "Bundle to write.  [default: WORKSPACE/bundle]")
+@options.setting_flags("export.precision", "export.default_precision", "export.target")
 @options.stage_options
-@options.settings_options("export")
-@click.option("--student", type=click.Path(path_type=Path), help="timm folder  [default: WORKSPACE/adapted]")
-@click.option("--real-dir", type=click.Path(path_type=Path), help="The photos it was trained on.")
-@click.option("--synth-dir", type=click.Path(path_type=Path), help="Synthetic images, for int8's ranges too.")
-@click.option("--test-dir", type=click.Path(path_type=Path), help="Test images, to measure every precision.")
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="Bundle  [default: WORKSPACE/bundle]")
 def command(
     workspace: Path,
     student: Path | None,
@@ -26,32 +24,32 @@ def command(
     synth_dir: Path | None,
     test_dir: Path | None,
     out: Path | None,
-    config: Path | None,
     force: bool,
     dry_run: bool,
-    **values: Any,
+    **recipe: Any,
 ) -> options.Output:
     """Write a trained student as a bundle whose numbers are verified to be the student's.
 
-    fp16 and int8 are measured against fp32 and offered beside it; one that costs more than --max-drop does
-    not become the default, and the command then ends with 1.
+    fp16 and int8 are measured against fp32 and offered beside it; one that costs more than export.max_drop
+    points does not become the default, and the command then ends with 1.
 
     \b
-    Example: synthkit export --student ./student --real-dir ./few_shots --precision fp32,fp16,int8
+    Example: synthkit export --real-dir ./few_shots --precision fp32,fp16,int8 --target jetpack6
     """
-    from synthkit.artifacts import stage_state, workspace_lock
+    from synthkit.artifacts import recorded_inputs, run_stage, workspace_lock
     from synthkit.data.images import ImageSet
-    from synthkit.recipes.exporting.export import Images, export_request, run_export
+    from synthkit.recipes.exporting.export import Export, Images
+    from synthkit.recipes.settings import ExportSettings
 
-    settings = options.gather_settings(config, values, "export")["export"]
-    photos, synthetic, test = (ImageSet.scan(one) if one else None for one in (real_dir, synth_dir, test_dir))
-    others = Images(synthetic=synthetic, test=test)
-    source, target = student or workspace / "adapted", out or workspace / "bundle"
+    settings = options.given(recipe).over("export", ExportSettings())
+    known = recorded_inputs(workspace)
+    sets = (ImageSet.scan(one, known=known) if one else None for one in (real_dir, synth_dir, test_dir))
+    target = out or workspace / "bundle"
+    stage = Export(settings, student or workspace / "adapted", target, Images(*sets))
     if dry_run:
-        state = stage_state(export_request(source, target, photos, settings, others))
-        return options.Output({"stage": "export", "state": state}, f"export: {state}")
+        return options.planned(stage, force)
     with workspace_lock(workspace):
-        result = run_export(source, target, photos, force, settings, others)
+        result = run_stage(stage, force=force)
     metrics = result.manifest.metrics
     data = {"bundle": str(target), "skipped": result.skipped, **metrics}
     return options.Output(data, _text(target, metrics, result.skipped), ok=not metrics["refused_default"])

@@ -1,4 +1,8 @@
-"""What the commands share: `--json`, `--force`, `--dry-run`, and flags made from settings dataclasses."""
+"""What the commands share: `--json`, `--workspace`, `--force`, `--dry-run`, and how settings are given.
+
+A command has flags for the few settings that most users need. Every setting, these too, can be given by
+`--config FILE` and by `--set SECTION.NAME=VALUE`.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +13,15 @@ import json
 import os
 import sys
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
-from synthkit.config import override, read_recipe
+from synthkit.artifacts import Stage, plan_stages
+from synthkit.config import Given, gather
 from synthkit.recipes.settings import SECTIONS
 
 Function = Callable[..., Any]
@@ -44,30 +49,34 @@ def command(name: str) -> Callable[[Function], click.Command]:
     """
 
     def decorate(function: Function) -> click.Command:
-        def run(workspace: Path, /, as_json: bool, **options: Any) -> None:
+        def run(workspace: Path, /, as_json: bool, own_workspace: Path | None, **options: Any) -> None:
             with _stdout_for_the_answer_alone():
-                output = function(workspace, **options)
+                output = function(own_workspace or workspace, **options)
             click.echo(json.dumps(output.data, ensure_ascii=False, default=str) if as_json else output.text)
             if not output.ok:
                 raise SystemExit(1)
 
         functools.update_wrapper(run, function)  # takes over the options that other decorators added
         as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-        made = click.command(name, help=function.__doc__)(as_json(click.pass_obj(run)))
+        own_workspace = click.option(
+            "--workspace",
+            "own_workspace",
+            type=click.Path(path_type=Path, file_okay=False),
+            help="Folder where the stages write.  [default: synthkit-work]",
+        )
+        made = click.command(name, help=function.__doc__)(own_workspace(as_json(click.pass_obj(run))))
         made.params.sort(key=_place_in_help)
         return made
 
     return decorate
 
 
-class SettingOption(click.Option):
-    """An option made from a settings dataclass; `--help` lists it after what is the command's own."""
-
-
 def _place_in_help(parameter: click.Parameter) -> int:
-    if isinstance(parameter, SettingOption):
-        return 2
-    return 1 if parameter.name in ("as_json", "config", "force", "dry_run") else 0
+    """A command's own options first, then its settings, then what all commands have."""
+    common = ("config", "assignments", "force", "dry_run", "own_workspace", "as_json")
+    return 2 + common.index(parameter.name) if parameter.name in common else int(
+        isinstance(parameter, SettingOption)
+    )
 
 
 @contextlib.contextmanager
@@ -89,62 +98,80 @@ skip_bad = click.option(
 )
 
 
-def stage_options(function: Function) -> Function:
-    """Add the options that every stage has."""
+def folder(flag: str, help: str, **how: Any) -> Callable[[Function], Function]:
+    """An option that takes a file or folder."""
+    return click.option(flag, type=click.Path(path_type=Path), help=help, **how)
+
+
+def recipe_options(function: Function) -> Function:
+    """Add --config and --set, by which every setting can be reached."""
     for option in (
-        click.option("--dry-run", is_flag=True, help="Tell what would be done, and do nothing."),
-        click.option("--force", is_flag=True, help="Redo the stage even when nothing changed."),
-        click.option("--config", type=click.Path(path_type=Path), help="TOML recipe with the settings."),
+        click.option(
+            "--set",
+            "assignments",
+            multiple=True,
+            metavar="SECTION.NAME=VALUE",
+            help="Any other setting; `synthkit settings` lists them. Can be given several times.",
+        ),
+        folder("--config", "TOML recipe, or a stage's manifest.json, with settings."),
     ):
         function = option(function)
     return function
 
 
-def settings_options(*sections: str) -> Callable[[Function], Function]:
-    """Add a flag for every setting of the given sections; None stands for "not given".
+def stage_options(function: Function) -> Function:
+    """Add the options that every stage has."""
+    for option in (
+        click.option("--dry-run", is_flag=True, help="Tell what would be done, and do nothing."),
+        click.option("--force", is_flag=True, help="Redo the stage even when nothing changed."),
+        recipe_options,
+    ):
+        function = option(function)
+    return function
 
-    A name that several of the sections have gets its section before it (`--style-steps`), but for the seed,
-    which is one for all.
+
+class SettingOption(click.Option):
+    """An option that fills settings; None stands for "not given", so that zeros and defaults count as given.
+
+    Attributes:
+        settings: (section, name) of each setting that it fills.
+    """
+
+    settings: tuple[tuple[str, str], ...] = ()
+
+
+def setting_flags(*names: str) -> Callable[[Function], Function]:
+    """Add a flag for each of the settings that most users need; all others are for --set.
+
+    Args:
+        names: "section.name" each; the flag is the name. Several with "+" between them share a flag.
     """
 
     def decorate(function: Function) -> Function:
-        made: set[str] = set()
-        for section, field in reversed(list(_fields(sections))):
-            name = _parameter(sections, section, field)
-            if name not in made:
-                function = _option(field, typing.get_type_hints(SECTIONS[section])[field.name], name)(
-                    function
-                )
-            made.add(name)
+        for text in reversed(names):
+            function = _flag(tuple(tuple(one.split(".")) for one in text.split("+")))(function)
         return function
 
     return decorate
 
 
-def _fields(sections: Sequence[str]) -> Iterator[tuple[str, dataclasses.Field[Any]]]:
-    for section in sections:
-        for field in dataclasses.fields(SECTIONS[section]):
-            yield section, field
-
-
-def _parameter(sections: Sequence[str], section: str, field: dataclasses.Field[Any]) -> str:
-    """Name of a setting's option, unique among the sections."""
-    owners = [one for one, other in _fields(sections) if other.name == field.name]
-    if len(owners) == 1 or field.name == "seed":
-        return field.name
-    return f"{section.removeprefix('learn-')}_{field.name}"
-
-
-def _option(field: dataclasses.Field[Any], kind: Any, name: str) -> Callable[[Function], Function]:
+def _flag(settings: Any) -> Callable[[Function], Function]:
+    section, name = settings[0]
+    field = next(one for one in dataclasses.fields(SECTIONS[section]) if one.name == name)
+    kind = typing.get_type_hints(SECTIONS[section])[name]
     flag = "--" + name.replace("_", "-")
     text, _, chosen = field.metadata["help"].partition("; chosen: ")
-    help_text = f"{text}  [default: {_shown(field.default, chosen)}]"
-    if kind is bool:
-        return click.option(f"{flag}/--no-{flag[2:]}", name, cls=SettingOption, default=None, help=help_text)
-    several = typing.get_origin(kind) is tuple
-    return click.option(
-        flag, name, cls=SettingOption, type=_click_type(kind), default=None, multiple=several, help=help_text
-    )
+    help_text = f"{text[0].upper()}{text[1:]}.  [default: {_shown(field.default, chosen)}]"
+    declaration = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
+    extra: dict[str, Any] = {} if kind is bool else {"type": _click_type(kind)}
+
+    def add(function: Function) -> Function:
+        own = type("Own", (SettingOption,), {"settings": settings})
+        return click.option(
+            declaration, f"setting_{name}", cls=own, default=None, help=help_text, **extra
+        )(function)
+
+    return add
 
 
 def _shown(default: Any, chosen: str) -> str:
@@ -163,21 +190,26 @@ def _click_type(kind: Any) -> Any:
     return members[0] if members else kind
 
 
-def gather_settings(config: Path | None, options: Mapping[str, Any], *sections: str) -> dict[str, Any]:
-    """Settings of the given sections: defaults, then the recipe file, then the flags.
+def given(values: Mapping[str, Any]) -> Given:
+    """What --config, --set and the flags of a command give, the later overruling the earlier.
 
     Args:
-        config: recipe file, or None.
-        options: what click parsed.
-        sections: the sections that `settings_options` was given.
+        values: what click parsed of the options that `recipe_options` and `setting_flags` added.
+
+    Raises:
+        ConfigError: names every unknown section, unknown key and unusable value at once.
     """
-    settings = read_recipe(config, SECTIONS) if config else {name: SECTIONS[name]() for name in sections}
-    for section in sections:
-        given = {
-            field.name: options.get(_parameter(sections, section, field))
-            for field in dataclasses.fields(SECTIONS[section])
-        }
-        settings[section] = override(
-            settings[section], {name: value for name, value in given.items() if value != ()}
-        )
-    return settings
+    command = click.get_current_context().command
+    flags = {
+        setting: values[str(option.name)]
+        for option in command.params
+        if isinstance(option, SettingOption)
+        for setting in option.settings
+    }
+    return gather(SECTIONS, values["config"], values["assignments"], flags)
+
+
+def planned(stage: Stage, force: bool) -> Output:
+    """The answer of a stage's --dry-run."""
+    [(name, state)] = plan_stages([stage], force=[stage.name] if force else []).items()
+    return Output({"stage": name, "state": state, "out": stage.out}, f"{name}: {state}")

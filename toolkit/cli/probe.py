@@ -12,8 +12,10 @@ from synthkit.errors import ConfigError
 
 
 @options.command("probe")
-@options.settings_options("train", "adapt")
-@click.option("--config", type=click.Path(path_type=Path), help="TOML recipe with the settings.")
+@options.setting_flags(
+    "train.student", "train.weights", "train.pretrained", "train.epochs", "train.seed+adapt.seed"
+)
+@options.recipe_options
 @click.option(
     "--synth-dir", type=click.Path(path_type=Path), help="Synthetic set  [default: WORKSPACE/synthetic]"
 )
@@ -47,8 +49,7 @@ def command(
     switches: str,
     efficiency: bool,
     skip_bad: bool,
-    config: Path | None,
-    **values: Any,
+    **recipe: Any,
 ) -> options.Output:
     """Find the units in which a student of synthetic images falls behind one of real photos.
 
@@ -68,18 +69,20 @@ def command(
         plot,
         run_probe,
     )
+    from synthkit.recipes.settings import AdaptSettings, TrainSettings
 
-    found = options.gather_settings(config, values, "train", "adapt")
+    given = options.given(recipe)
+    training = given.over("train", TrainSettings())
     named = () if switches == "none" else tuple(name.strip() for name in switches.split(","))
     settings = ProbeSettings(points, named, efficiency)
     folders = _pairs(prompts)
     synthetic = ImageSet.scan(synth_dir or workspace / "synthetic", skip_bad)
     test = ImageSet.scan(test_dir, skip_bad) if test_dir else None
-    real, test = held_out(ImageSet.scan(real_dir, skip_bad), test, found["train"].seed)
+    real, test = held_out(ImageSet.scan(real_dir, skip_bad), test, training.seed)
     others = {name: ImageSet.scan(folder, skip_bad) for name, folder in folders.items()}
     with workspace_lock(workspace):
-        probe = Probe(synthetic, real, test, found["train"], workspace / "probe")
-        result = run_probe(probe, settings, found["adapt"], others)
+        probe = Probe(synthetic, real, test, training, workspace / "probe")
+        result = run_probe(probe, settings, given.over("adapt", AdaptSettings()), others)
         write_json(workspace / "probe.json", result)
         write_bytes(workspace / "probe.md", (text := f"{markdown(result)}\n").encode())
         plot(result, workspace / "probe.png")

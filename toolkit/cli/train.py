@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +11,21 @@ from synthkit.cli import options
 
 
 @options.command("train")
-@options.stage_options
-@options.settings_options("train")
-@click.option(
-    "--synth-dir",
-    type=click.Path(path_type=Path),
-    help="Synthetic set  [default: WORKSPACE/synthetic, if any]",
-)
+@options.folder("--synth-dir", "Synthetic set.  [default: WORKSPACE/synthetic, if any]")
 @click.option("--no-synth", is_flag=True, help="Leave synthetic images out.")
-@click.option("--real-dir", type=click.Path(path_type=Path), help="Class folders of the real photos.")
+@options.folder("--real-dir", "Class folders of the real photos.")
 @options.skip_bad
-@click.option(
-    "-o", "--out", type=click.Path(path_type=Path), help="Folder to write  [default: WORKSPACE/student]"
+@options.folder("--out", "Folder to write.  [default: WORKSPACE/student]")
+@options.setting_flags(
+    "train.student",
+    "train.weights",
+    "train.pretrained",
+    "train.procedure",
+    "train.epochs",
+    "train.image_size",
+    "train.seed",
 )
+@options.stage_options
 def command(
     workspace: Path,
     synth_dir: Path | None,
@@ -32,46 +33,40 @@ def command(
     real_dir: Path | None,
     skip_bad: bool,
     out: Path | None,
-    config: Path | None,
     force: bool,
     dry_run: bool,
-    **values: Any,
+    **recipe: Any,
 ) -> options.Output:
     """Train a student on the synthetic images, then, with a new head, on the real ones.
 
     --procedure names other ways, which take the same images and, but for vanilla and synthetic, as many
-    gradient steps; a recipe for each is in recipes/configs. Losses and learning rates are kept in
-    curves.json.
+    gradient steps. Losses and learning rates are kept in curves.json.
 
     \b
     Example: synthkit train --real-dir ./few_shots --student resnet18 --epochs 30
-    Example: synthkit train --real-dir ./few_shots --procedure joint
+    Example: synthkit train --real-dir ./few_shots --procedure joint --set train.real_weight=0.9
     """
-    from synthkit.artifacts import stage_state, workspace_lock
+    from synthkit.artifacts import recorded_inputs, run_stage, workspace_lock
     from synthkit.data.images import ImageSet
-    from synthkit.learning.gradients import first_process
-    from synthkit.recipes.train import Material, train, train_request
+    from synthkit.recipes.settings import TrainSettings
+    from synthkit.recipes.train import Train
 
-    settings = options.gather_settings(config, values, "train")["train"]
-    source = None if no_synth else synth_dir or _workspace_set(workspace)
-    material = Material(
-        ImageSet.scan(source, skip_bad) if source else None,
-        ImageSet.scan(real_dir, skip_bad) if real_dir else None,
-    )
-    target = out or workspace / "student"
+    settings = options.given(recipe).over("train", TrainSettings())
+    photos = ImageSet.scan(real_dir, skip_bad, known=recorded_inputs(workspace)) if real_dir else None
+    synthetic = None if no_synth else synth_dir or _workspace_set(workspace)
+    stage = Train(settings, out or workspace / "student", synthetic, photos)
     if dry_run:
-        state = stage_state(train_request(settings, material, target))
-        return options.Output({"stage": "train", "state": state}, f"train: {state}")
-    with workspace_lock(workspace) if first_process() else nullcontext():
-        result = train(settings, material, target, force)
+        return options.planned(stage, force)
+    with workspace_lock(workspace):
+        result = run_stage(stage, force=force)
     metrics = result.manifest.metrics
     text = (
-        f"{settings.student} in {target}, {settings.procedure}: "
+        f"{settings.student} in {stage.out}, {settings.procedure}: "
         f"{metrics['synthetic_steps']} steps on {metrics['n_synthetic']} synthetic, "
         f"{metrics['real_steps']} on {metrics['n_real']} real images"
         + (f", {metrics['mixed_steps']} on both" if "mixed_steps" in metrics else "")
     )
-    data = {"out": target, "skipped": result.skipped, **metrics}
+    data = {"out": stage.out, "skipped": result.skipped, **metrics}
     return options.Output(data, f"{text} (unchanged, skipped)" if result.skipped else text)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import io
 import logging
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from synthkit import standalone
-from synthkit.artifacts import digest, list_outputs
+from synthkit.artifacts import digest, is_intact, list_outputs, read_manifest
 from synthkit.config import read_toml
 from synthkit.errors import BadImages, ConfigError, DataError, ModelError, abridged, nearest
 
@@ -87,6 +87,11 @@ class Preprocessing:
         return standalone.preprocess(image, self.to_json())
 
 
+def whole_picture(size: int) -> Preprocessing:
+    """Preprocessing that keeps all of a photo in view: what tells the classes apart may touch its border."""
+    return Preprocessing((3, size, size), "bicubic", 1.0, "squash", (0.5,) * 3, (0.5,) * 3)
+
+
 @dataclass(frozen=True)
 class LabelledImage:
     """One image file: where it is, the index of its class and the SHA-256 of its bytes."""
@@ -111,13 +116,19 @@ class ImageSet:
     items: tuple[LabelledImage, ...]
 
     @classmethod
-    def scan(cls, root: Path, skip_bad: bool = False, fewest: int = 2) -> ImageSet:
-        """Find and decode every image once.
+    def scan(
+        cls, root: Path, skip_bad: bool = False, fewest: int = 2, known: Collection[str] = ()
+    ) -> ImageSet:
+        """Find every image, and decode it once to see that it can be.
+
+        The images of an intact stage folder are not decoded, since the stage itself has written them; nor are
+        those of a set whose digest is known.
 
         Args:
             root: holds one folder per class.
             skip_bad: leave unreadable files out with a warning instead of refusing the folder.
             fewest: classes that there must be.
+            known: digests of sets that were found readable before, see `recorded_inputs`.
 
         Raises:
             BadImages: names every file that cannot be read.
@@ -125,19 +136,28 @@ class ImageSet:
                 image lies in two classes.
         """
         folders = _class_folders(root, fewest)
-        files = [item for label, name in enumerate(folders) for item in _labelled(folders[name], label)]
+        entries = _entries_of_stage(root)
+        files = [
+            item for label, name in enumerate(folders) for item in _labelled(folders[name], label, entries)
+        ]
+        everything = cls._of(root, folders, files)
+        if entries is not None or everything.digest in known:
+            return everything
         failures = [(item.path, reason) for item in files if (reason := _unreadable(item.path))]
         if failures and not skip_bad:
             raise BadImages(failures)
         if failures:
             log.warning("left out %d unreadable file(s): %s", len(failures), _list_failures(failures))
         bad = {path for path, _ in failures}
-        usable = [item for item in files if item.path not in bad]
-        # By content, so that what is learned from the images does not depend on the names of the files.
-        found = cls(root, tuple(folders), tuple(sorted(usable, key=lambda item: (item.label, item.sha256))))
+        found = cls._of(root, folders, [item for item in files if item.path not in bad])
         _refuse_empty_classes(found)
         _refuse_contradictions(found)
         return found
+
+    @classmethod
+    def _of(cls, root: Path, classes: Iterable[str], items: Iterable[LabelledImage]) -> ImageSet:
+        # By content, so that what is learned from the images does not depend on the names of the files.
+        return cls(root, tuple(classes), tuple(sorted(items, key=lambda item: (item.label, item.sha256))))
 
     def __len__(self) -> int:
         return len(self.items)
@@ -209,13 +229,32 @@ def _class_folders(root: Path, fewest: int) -> dict[str, list[Path]]:
     return dict(sorted(folders.items()))
 
 
-def _labelled(folders: Sequence[Path], label: int) -> list[LabelledImage]:
-    return [
-        LabelledImage(folder / name, label, str(entry["sha256"]))
-        for folder in folders
-        for name, entry in list_outputs(folder).items()
-        if Path(name).name.lower() not in _NO_IMAGES
-    ]
+def _entries_of_stage(root: Path) -> dict[str, dict[str, Any]] | None:
+    """Relative path -> entry of the manifest, where a stage has written the folder and nobody touched it."""
+    manifest = read_manifest(root)
+    return manifest.outputs if manifest and is_intact(root, manifest) else None
+
+
+def _labelled(
+    folders: Sequence[Path], label: int, entries: Mapping[str, Mapping[str, Any]] | None
+) -> list[LabelledImage]:
+    found = []
+    for folder in folders:
+        if entries is None:
+            here = list_outputs(folder)
+        else:
+            prefix = f"{folder.name}/"
+            here = {
+                name.removeprefix(prefix): dict(entry)
+                for name, entry in entries.items()
+                if name.startswith(prefix)
+            }
+        found += [
+            LabelledImage(folder / name, label, str(entry["sha256"]))
+            for name, entry in here.items()
+            if Path(name).name.lower() not in _NO_IMAGES
+        ]
+    return found
 
 
 def _refuse_few_folders(

@@ -21,13 +21,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from timm.models import group_parameters
 
-from synthkit.artifacts import SYNTHETIC, read_manifest, write_bytes, write_json
+from synthkit.artifacts import read_manifest, write_bytes, write_json
 from synthkit.data.images import ImageSet, Preprocessing
 from synthkit.errors import ConfigError, ModelError, nearest
 from synthkit.learning.architectures import nearest_architecture
 
 log = logging.getLogger(__name__)
 
+#: Subfolder of what `train` writes: the student before it saw a real photo.
+SYNTHETIC = "synthetic"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
