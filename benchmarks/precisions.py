@@ -1,10 +1,12 @@
-"""Benchmark of what each precision of a student costs, `python -m benchmarks.precisions`
+"""Top-1, agreement, latency and size of a student in every precision.
 
-    a few photos per class ──pretrained student, logistic regression as its head──► student
-    student ──`synthkit export`, int8 for the CPU and for TensorRT──► top-1 of torch and of each file
+    python -m benchmarks.precisions --data DIR --weights DIR --work DIR --out FILE
 
-The photos come from DATA/train. The images of DATA/test measure, and choose nothing: --default-precision int8
-only asks `export` whether it would refuse int8 for its fall of top-1.
+    a few photos per class -> pretrained student with a logistic regression as its head
+    student -> `synthkit export`, int8 for the CPU and for TensorRT -> top-1 of torch and of each file
+
+The photos come from DATA/train. The images of DATA/test measure and choose nothing: the default precision
+int8 only makes `export` tell if it would refuse int8 for its loss of top-1.
 """
 
 from __future__ import annotations
@@ -24,13 +26,14 @@ from synthkit.one_line import OneLineErrors
 from synthkit.recipes.exporting.export import Images, run_export
 from synthkit.recipes.settings import ExportSettings
 
-Form = Literal["cpu", "tensorrt"]
-_FORMS: tuple[Form, ...] = ("cpu", "tensorrt")
-_WORST = 5  # rows of the drift table that are kept
+Int8Target = Literal["cpu", "tensorrt"]
+_TARGETS: tuple[Int8Target, ...] = ("cpu", "tensorrt")
+#: Rows of the drift table that are kept.
+_WORST = 5
 
 
 def make_student(weights: Path, photos: ImageSet, image_size: int, folder: Path) -> None:
-    """A pretrained student with a logistic regression as its head, as a timm folder."""
+    """Save a pretrained student with a logistic regression as its head, as a timm folder."""
     from synthkit.learning.students import new_student
 
     name = json.loads((weights / "config.json").read_text(encoding="utf-8"))["architecture"]
@@ -40,16 +43,16 @@ def make_student(weights: Path, photos: ImageSet, image_size: int, folder: Path)
     student.save(folder)
 
 
-def measure_forms(
-    student: Path, photos: ImageSet, test: ImageSet, forms: Sequence[Form], out: Path
+def measure(
+    student: Path, photos: ImageSet, test: ImageSet, targets: Sequence[Int8Target], work: Path
 ) -> list[dict[str, Any]]:
-    """One row per int8 form of a student: what `synthkit export` measured."""
-    found = []
-    for form in forms:
-        settings = ExportSettings(precision="fp32,fp16,int8", default_precision="int8", int8_target=form)
-        result = run_export(student, out / f"bundle-{form}", photos, False, settings, Images(test=test))
-        found.append({"int8_form": form, **row_of(result)})
-    return found
+    """The measurements of `synthkit export`, one row per int8 target."""
+    rows = []
+    for target in targets:
+        settings = ExportSettings(precision="fp32,fp16,int8", default_precision="int8", int8_target=target)
+        result = run_export(student, work / f"bundle-{target}", photos, False, settings, Images(test=test))
+        rows.append({"int8_target": target, **row_of(result)})
+    return rows
 
 
 def row_of(export: StageResult) -> dict[str, Any]:
@@ -60,8 +63,8 @@ def row_of(export: StageResult) -> dict[str, Any]:
     return {
         "n_test": accuracy["fp32"]["n_test"],
         "top1": {"torch": accuracy["fp32"]["torch_top1"]}
-        | {name: one["top1"] for name, one in accuracy.items()},
-        "agreement_with_torch": {name: one["agreement_with_torch"] for name, one in accuracy.items()},
+        | {name: row["top1"] for name, row in accuracy.items()},
+        "agreement_with_torch": {name: row["agreement_with_torch"] for name, row in accuracy.items()},
         "latency_ms": {name: row["latency_ms"] for name, row in rows.items()},
         "bytes": {name: row["bytes"] for name, row in rows.items()},
         "int8": int8,
@@ -83,7 +86,7 @@ def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
 def _line(row: Mapping[str, Any]) -> str:
     agree = ", ".join(f"{100 * share:.1f}" for share in row["agreement_with_torch"].values())
     torch, fp32, fp16, int8 = (f"{share:.3f}" for share in row["top1"].values())
-    cells = [row["set"], row["student"], row["n_test"], torch, fp32, fp16, row["int8_form"], int8, agree]
+    cells = [row["set"], row["student"], row["n_test"], torch, fp32, fp16, row["int8_target"], int8, agree]
     cells += [len(row["int8"]["kept_float"]), "refused" if row["refused"] else "offered"]
     return f"| {' | '.join(map(str, cells))} |"
 
@@ -101,30 +104,39 @@ def _line(row: Mapping[str, Any]) -> str:
 )
 @click.option("--shots", default=16, show_default=True, help="Photos per class.")
 @click.option("--image-size", default=160, show_default=True, help="Side of the student's input, pixels.")
-@click.option("--seed", default=0, show_default=True, help="Of the draw of photos.")
-@click.option("--form", type=click.Choice(_FORMS), multiple=True, default=_FORMS, show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for bundles and result.")
+@click.option("--seed", default=0, show_default=True, help="Of the split of the photos.")
+@click.option(
+    "--int8-target",
+    "targets",
+    type=click.Choice(_TARGETS),
+    multiple=True,
+    default=_TARGETS,
+    show_default=True,
+)
+@click.option("--work", type=click.Path(path_type=Path), required=True, help="Folder for bundles.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="JSON file to write.")
 def main(
     data: Sequence[Path],
     weights: Sequence[Path],
     shots: int,
     image_size: int,
     seed: int,
-    form: Sequence[Form],
+    targets: Sequence[Int8Target],
+    work: Path,
     out: Path,
 ) -> None:
-    """Compare torch, fp32, fp16 and int8 on test images; writes OUT/precisions.json and prints a table."""
+    """Compare torch, fp32, fp16 and int8 on test images; writes OUT and prints a table."""
     rows: list[dict[str, Any]] = []
     settings = {"shots": shots, "image_size": image_size, "seed": seed}
     for folder in data:
         train, test = ImageSet.scan(folder / "train"), ImageSet.scan(folder / "test")
         photos = train.subset(k_shot(train, shots, seed))
-        for one in weights:
-            place = out / f"{folder.name}-{one.name}"
-            make_student(one, photos, image_size, place / "student")
-            names = {"set": folder.name, "student": one.name, "photos": len(photos)}
-            rows += [names | row for row in measure_forms(place / "student", photos, test, form, place)]
-            write_json(out / "precisions.json", {"settings": settings, "versions": versions(), "rows": rows})
+        for pretrained in weights:
+            place = work / f"{folder.name}-{pretrained.name}"
+            make_student(pretrained, photos, image_size, place / "student")
+            names = {"set": folder.name, "student": pretrained.name, "photos": len(photos)}
+            rows += [names | row for row in measure(place / "student", photos, test, targets, place)]
+            write_json(out, {"settings": settings, "versions": versions(), "rows": rows})
     click.echo(as_text(rows))
 
 
