@@ -39,10 +39,10 @@ from synthkit.data.images import ImageSet
 from synthkit.data.splits import check_disjoint, k_shot
 from synthkit.errors import ConfigError
 from synthkit.metrics.classification import (
-    ahead_on_draws,
     holm,
+    mean_and_std,
     mean_interval,
-    over_draws,
+    paired_test,
     top1,
 )
 from synthkit.one_line import OneLineErrors
@@ -308,7 +308,7 @@ def _overall(cells: Cells, sets: int) -> list[dict[str, Any]]:
 
 
 def _spread(values: np.ndarray) -> dict[str, Any]:
-    return {**over_draws("top1", values), "top1_interval": mean_interval(values), "seeds": len(values)}
+    return {**mean_and_std("top1", values), "top1_interval": mean_interval(values), "seeds": len(values)}
 
 
 def paired(cells: Cells) -> list[dict[str, Any]]:
@@ -331,7 +331,7 @@ def paired(cells: Cells) -> list[dict[str, Any]]:
                 np.array([_top1(split, name).mean() for split in splits]) for name in (method, first)
             )
             about = {"method": method, "shots": of_shots[0]["shots"], "against": first}
-            found.append({**about, **ahead_on_draws(ours, theirs)})
+            found.append({**about, **paired_test(ours, theirs)})
     corrected = holm([row["p_value"] for row in found])
     return [{**row, "p_holm": p} for row, p in zip(found, corrected, strict=True)]
 

@@ -19,7 +19,7 @@ import numpy as np
 from synthkit.artifacts import versions, write_json
 from synthkit.data.images import ImageSet
 from synthkit.errors import DataError
-from synthkit.metrics.classification import over_draws
+from synthkit.metrics.classification import mean_and_std
 from synthkit.metrics.distributions import density_and_coverage, frechet_distance
 from synthkit.one_line import OneLineErrors
 from synthkit.recipes.studies.methods import METHODS, SYNTHETIC_ONLY, VARIANTS
@@ -96,7 +96,7 @@ def measure_sets(
 def _row(draws: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     row: dict[str, Any] = {"seeds": len(draws)}
     for name in _MEASURES:
-        row |= over_draws(name, [one[name] for one in draws])
+        row |= mean_and_std(name, [one[name] for one in draws])
     return row
 
 

@@ -67,7 +67,7 @@ def rows(draws: Sequence[dict[int, float]]) -> list[dict[str, Any]]:
     return [
         {
             "per_class": volume,
-            **metrics.over_draws("top1", of_draws),
+            **metrics.mean_and_std("top1", of_draws),
             "seeds": len(of_draws),
         }
         for volume in draws[0]

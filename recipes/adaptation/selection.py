@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from synthkit.data.splits import stratified_folds
-from synthkit.metrics.classification import falls_behind, log_loss
+from synthkit.metrics.classification import is_worse, log_loss
 from synthkit.recipes.adaptation.strategies import (
     FULL,
     LAST,
@@ -111,7 +111,7 @@ def _chosen(start: Start, verdicts: Sequence[Verdict]) -> Verdict:
     if start.knows_classes:
         return _best(verdicts)
     usual = _rival(start, verdicts)
-    ahead = [verdict for verdict in verdicts if falls_behind(usual.right, verdict.right)]
+    ahead = [verdict for verdict in verdicts if is_worse(usual.right, verdict.right)]
     return _best(ahead or [usual])
 
 
@@ -133,7 +133,7 @@ def _hopeless(start: Start, right: np.ndarray, rival: np.ndarray) -> bool:
         right: whether the path is right on the photos held out so far, bool [N].
         rival: whether its rival is, bool [N].
     """
-    return falls_behind(right, rival) if start.knows_classes else int(right.sum()) <= int(rival.sum())
+    return is_worse(right, rival) if start.knows_classes else int(right.sum()) <= int(rival.sum())
 
 
 def _best(verdicts: Sequence[Verdict]) -> Verdict:

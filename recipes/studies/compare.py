@@ -208,7 +208,7 @@ def rows(scores: Sequence[Scores], labels: np.ndarray) -> list[dict[str, Any]]:
         {
             "method": method,
             "shots": shots,
-            **metrics.over_draws("top1", of_draws),
+            **metrics.mean_and_std("top1", of_draws),
             "top1_interval": metrics.mean_interval(of_draws),
             "seeds": len(of_draws),
         }
@@ -222,7 +222,7 @@ def paired(scores: Sequence[Scores], labels: np.ndarray) -> list[dict[str, Any]]
     """How far each method is ahead of the first one of the table on the same draws.
 
     Returns:
-        method, shots, against and what `ahead_on_draws` says of top-1.
+        method, shots, against and what `paired_test` says of top-1.
     """
     first, *others = _methods(scores)
     return [
@@ -230,7 +230,7 @@ def paired(scores: Sequence[Scores], labels: np.ndarray) -> list[dict[str, Any]]
             "method": method,
             "shots": shots,
             "against": first,
-            **metrics.ahead_on_draws(
+            **metrics.paired_test(
                 _of_draws(scores, shots, method, labels), _of_draws(scores, shots, first, labels)
             ),
         }
@@ -277,10 +277,10 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 def ahead_line(row: Mapping[str, Any]) -> str:
     """A row of `paired` as an item of a Markdown list."""
-    line = f"- {row['method']}, {row['shots']} per class: {100 * row['ahead']:+.1f}"
+    line = f"- {row['method']}, {row['shots']} per class: {100 * row['difference']:+.1f}"
     if (p := row["p_value"]) is None:
         return line
-    return f"{line} (p {'< 0.001' if p < 0.001 else f'= {p:.3f}'}, {row['draws']} draws)"
+    return f"{line} (p {'< 0.001' if p < 0.001 else f'= {p:.3f}'}, {row['pairs']} pairs)"
 
 
 def shots_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:

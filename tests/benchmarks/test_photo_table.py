@@ -78,7 +78,7 @@ def test_students_that_share_photos_count_once() -> None:
     ]
     cells.append(cell("b", 1, adapt=0.9))  # one student alone
     row = {row["method"]: row for row in paired(cells)}["adapt"]
-    assert row["draws"] == 3 and row["ahead"] == pytest.approx((0.2 + 0.15 + 0.05) / 3, abs=1e-4)
+    assert row["pairs"] == 3 and row["difference"] == pytest.approx((0.2 + 0.15 + 0.05) / 3, abs=1e-4)
     assert row["p_value"] == pytest.approx(ttest_rel([0.7, 0.65, 0.55], [0.5] * 3).pvalue, abs=1e-4)
     assert row["p_holm"] == row["p_value"], "the other methods do not differ from the first: no test"
 

@@ -59,19 +59,19 @@ def wilson_interval(right: int, total: int, z: float = 1.96) -> tuple[float, flo
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def falls_behind(right: np.ndarray, rival: np.ndarray) -> bool:
-    """Whether one of two classifiers, equal in truth, would do so much worse on the same images but seldom.
+def is_worse(correct: np.ndarray, baseline: np.ndarray, z: float = 1.0) -> bool:
+    """True if the McNemar z-statistic against `baseline` exceeds `z`.
+
+    The statistic is (n01 - n10) / sqrt(n01 + n10), where n01 counts the images that only the baseline
+    classifies correctly and n10 those that only the other classifier does (McNemar 1947).
 
     Args:
-        right: whether the one is right, bool [N].
-        rival: whether the other is, bool [N].
-
-    Returns:
-        Whether the images that only the rival has right outnumber the others that only one has right by more
-        than a standard deviation of that difference (the statistic of McNemar 1947 beyond 1).
+        correct: which images a classifier got right, bool [N].
+        baseline: which of the same images its baseline got right, bool [N].
+        z: threshold in standard deviations of chance.
     """
-    lost, won = int((rival & ~right).sum()), int((right & ~rival).sum())
-    return lost - won > math.sqrt(lost + won)
+    lost, won = int((baseline & ~correct).sum()), int((correct & ~baseline).sum())
+    return lost - won > z * math.sqrt(lost + won)
 
 
 def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = 15) -> float:
@@ -90,11 +90,14 @@ def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = 15)
     return float(np.abs(surplus).sum() / len(confidence))
 
 
-def over_draws(name: str, values: Sequence[float] | np.ndarray) -> dict[str, float]:
-    """`<name>_mean` and `<name>_std` to four places; the deviation of a sample (n - 1), 0 for one draw."""
-    found = np.asarray(values, dtype=float)
-    deviation = float(found.std(ddof=1)) if len(found) > 1 else 0.0
-    return {f"{name}_mean": round(float(found.mean()), 4), f"{name}_std": round(deviation, 4)}
+def mean_and_std(name: str, values: Sequence[float] | np.ndarray) -> dict[str, float]:
+    """Mean and sample standard deviation (n - 1) as `<name>_mean` and `<name>_std`, to four places.
+
+    The deviation of a single value is 0.
+    """
+    samples = np.asarray(values, dtype=float)
+    deviation = float(samples.std(ddof=1)) if len(samples) > 1 else 0.0
+    return {f"{name}_mean": round(float(samples.mean()), 4), f"{name}_std": round(deviation, 4)}
 
 
 def mean_interval(values: np.ndarray) -> list[float] | None:
@@ -107,22 +110,22 @@ def mean_interval(values: np.ndarray) -> list[float] | None:
     return [round(float(values.mean()) - half, 4), round(float(values.mean()) + half, 4)]
 
 
-def ahead_on_draws(values: np.ndarray, others: np.ndarray) -> dict[str, float | int | None]:
-    """How far one method is ahead of another on the same draws.
+def paired_test(values: np.ndarray, baseline: np.ndarray) -> dict[str, float | int | None]:
+    """Paired two-sided t-test of one method against another on the same splits.
 
     Args:
-        values: top-1 of the method, one per draw.
-        others: top-1 of the other method on the same draws, in the same order.
+        values: top-1 of the method, one per split.
+        baseline: top-1 of the other method on the same splits, in the same order.
 
     Returns:
-        `ahead`, the mean difference; `p_value` of the two-sided paired t-test, None where there is one draw
-        or the differences do not vary; `draws`.
+        `difference`, the mean of values - baseline; `p_value`, None for a single pair or if the differences
+        do not vary; `pairs`, their number.
     """
-    differences = values - others
+    differences = values - baseline
     return {
-        "ahead": round(float(differences.mean()), 4),
+        "difference": round(float(differences.mean()), 4),
         "p_value": _p_value(differences),
-        "draws": len(differences),
+        "pairs": len(differences),
     }
 
 

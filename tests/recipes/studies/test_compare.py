@@ -161,13 +161,13 @@ def test_a_method_is_paired_with_the_photos_alone_by_draw() -> None:
         for seed, ahead in ((1, 7), (0, 5), (2, 9))
     ]
     table = {row["method"]: row for row in paired(scores, labels)}
-    assert table[ADAPTED]["ahead"] == pytest.approx(0.2) and table[BRIDGED]["ahead"] == 0
+    assert table[ADAPTED]["difference"] == pytest.approx(0.2) and table[BRIDGED]["difference"] == 0
     # differences .1, .2, .3: t = .2 / (.1 / sqrt(3)) = 3.46 with two degrees of freedom
     assert table[ADAPTED]["p_value"] == pytest.approx(0.0742, abs=1e-4) and table[BRIDGED]["p_value"] is None
     text = markdown({"rows": rows(scores, labels), "paired": paired(scores, labels)})
-    assert "| 2 | 0.500 ± 0.100 |" in text and "- adapted, 2 per class: +20.0 (p = 0.074, 3 draws)" in text
+    assert "| 2 | 0.500 ± 0.100 |" in text and "- adapted, 2 per class: +20.0 (p = 0.074, 3 pairs)" in text
     certain = {**table[ADAPTED], "p_value": 0.0004}
-    assert ahead_line(certain) == "- adapted, 2 per class: +20.0 (p < 0.001, 3 draws)"
+    assert ahead_line(certain) == "- adapted, 2 per class: +20.0 (p < 0.001, 3 pairs)"
 
 
 @pytest.mark.parametrize(

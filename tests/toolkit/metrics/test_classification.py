@@ -38,13 +38,14 @@ def test_wilson_interval(right: int, total: int, interval: tuple[float, float]) 
 
 
 @pytest.mark.parametrize(
-    ("won", "lost", "behind"),
+    ("won", "lost", "worse"),
     [(0, 0, False), (0, 1, False), (0, 2, True), (2, 4, False), (1, 4, True), (4, 1, False)],
 )
-def test_falling_behind_takes_more_than_a_deviation(won: int, lost: int, behind: bool) -> None:
-    right = np.array([True] * (5 + won) + [False] * (3 + lost))
-    rival = np.array([True] * 5 + [False] * (won + 3) + [True] * lost)
-    assert metrics.falls_behind(right, rival) == behind
+def test_worse_is_more_than_a_standard_deviation_below(won: int, lost: int, worse: bool) -> None:
+    correct = np.array([True] * (5 + won) + [False] * (3 + lost))
+    baseline = np.array([True] * 5 + [False] * (won + 3) + [True] * lost)
+    assert metrics.is_worse(correct, baseline) == worse
+    assert not metrics.is_worse(correct, baseline, z=10)
 
 
 def test_holm_steps_down_and_leaves_out_what_was_not_tested() -> None:
