@@ -1,49 +1,203 @@
-"""`gap`: how a synthetic set differs from real photos, in looks and in content, and what may close the gap.
+"""`gap`: how a synthetic set differs from real photos, in appearance and in content, and what may help.
 
     synthetic, photos ──a student's input──┬── pixels ────► appearance: colour, contrast, sharpness, spectrum
                                            └── features ──► content: coverage, density, diversity, confusion,
                                                             Fréchet distance
 
-Wang et al. 2024 (arXiv 2311.03959) hold the content gap to explain much of what synthetic training images
-lose. The measures are named after their own literature (see `synthkit.metrics.distributions`); what each
-limit of the advice rests on stands beside it. The limits are ours; no paper gives them. They say where to
-look first, not what a student will gain.
+Wang et al. 2024 (arXiv 2311.03959) attribute much of what synthetic training images lose to the content gap.
+The measures carry the names of their own literature (see `synthkit.metrics.distributions`). The limits of the
+advice are ours, each with its reason beside it; no paper gives them. They say where to look first, not what a
+student will gain.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from synthkit.data.images import ImageSet
 from synthkit.data.splits import stratified_folds
 from synthkit.errors import DataError
-from synthkit.metrics import classification as metrics
-from synthkit.metrics import distributions as gap_measures
+from synthkit.metrics import classification, distributions
 
 if TYPE_CHECKING:
     from synthkit.learning.students import Student
 
+Kind = Literal["labels", "content", "appearance"]
+
 _NEIGHBOURS = 5  # as Naeem et al. 2020 use; fewer where a class has no more photos
-_FOLDS = 5  # of the photos, to see how far the head that only saw photos is to be trusted
-_DRAWS = 10  # of equally many images, for a distance beside that of two halves of the photos
-_OFFSET = 0.8  # Cohen's (1988) large effect: 79 % of one set lie beyond the other's mean
-_ERRORS = 2.0  # standard errors that an offset must pass, so that few photos raise no alarm
-_SPREAD = 0.5  # two deviations of the synthetic set then reach one of the photos: 68 % of them
-_DECIBEL = 3.0  # half or twice the power
-_COVERAGE = 0.7  # of the coverage that images of the photos' own distribution would have
-_DIVERSITY = 0.8  # of the photos' mean distance
-_MOST = 3
+_FOLDS = 5  # of the photos, to measure the linear probe that the confusion comes from
+_RESAMPLES = 10  # of equally many images, for a distance beside that of two halves of the photos
 _CHANNELS = ("red", "green", "blue")
-_TRAITS = (*(f"{name} mean" for name in _CHANNELS), *(f"{name} contrast" for name in _CHANNELS), "sharpness")
+_STATISTICS = (
+    *(f"{name} mean" for name in _CHANNELS),
+    *(f"{name} contrast" for name in _CHANNELS),
+    "sharpness",
+)
+
+_OFFSET_LIMIT = 0.8  # Cohen's (1988) large effect: 79 % of one set lie beyond the other's mean
+_OFFSET_ERRORS = 2.0  # standard errors that an offset must pass, so that few photos raise no alarm
+_SPREAD_LIMIT = 0.5  # two deviations of the synthetic set then reach one of the photos: 68 % of them
+_DECIBEL_LIMIT = 3.0  # half or twice the power
+_COVERAGE_LIMIT = 0.7  # of the coverage that images of the photos' own distribution would have
+_DIVERSITY_LIMIT = 0.8  # of the photos' mean distance
+_MAX_ACTIONS = 3
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """A set as a student sees it.
+class FeatureSource:
+    """The network whose features content is measured on.
+
+    Attributes:
+        source: its name, and where its weights come from.
+        dimensions: length of a feature vector.
+    """
+
+    source: str
+    dimensions: int
+
+
+@dataclass(frozen=True)
+class Appearance:
+    """Differences in colour, contrast, sharpness and spectrum.
+
+    Attributes:
+        offset: statistic -> difference of the means, in standard deviations of the photos.
+        offset_error: standard error of an offset.
+        spread: statistic -> standard deviation of the synthetic images divided by that of the photos.
+        spectrum_db: power of the synthetic images against the photos by frequency, low to high, in decibels.
+        low_frequencies_db: mean of the lowest third of the spectrum.
+        high_frequencies_db: mean of the highest third.
+    """
+
+    offset: dict[str, float]
+    offset_error: float
+    spread: dict[str, float]
+    spectrum_db: list[float]
+    low_frequencies_db: float
+    high_frequencies_db: float
+
+
+@dataclass(frozen=True)
+class Neighbourhood:
+    """Density and coverage (Naeem et al. 2020) and diversity; None with too few images.
+
+    Attributes:
+        coverage: share of the photos with a synthetic image among their nearest neighbours.
+        expected_coverage: the same, if both sets came from one distribution.
+        density: photos whose neighbourhood a synthetic image lies in, relative to what is expected.
+        diversity: mean distance of two synthetic images divided by that of two photos.
+    """
+
+    coverage: float | None
+    expected_coverage: float | None
+    density: float | None
+    diversity: float | None
+
+
+@dataclass(frozen=True)
+class ClassContent(Neighbourhood):
+    """Content of one class.
+
+    Attributes:
+        n_real: photos of the class.
+        n_synthetic: synthetic images of the class.
+        top1: share of its synthetic images that the linear probe of the photos assigns to the class.
+        most_confused_with: the class that most of the others are assigned to; None where there are none.
+    """
+
+    n_real: int
+    n_synthetic: int
+    top1: float
+    most_confused_with: str | None
+
+
+@dataclass(frozen=True)
+class Content(Neighbourhood):
+    """Content of all classes; what `Neighbourhood` names is the mean over the classes.
+
+    Attributes:
+        frechet: Fréchet distance of all images.
+        frechet_equal_counts: the same between half of the photos and equally many synthetic images.
+        frechet_real_halves: the same between two halves of the photos.
+        frechet_count: images on either side of the last two.
+        linear_probe_top1_real: cross-validated top-1 of a linear probe of the photos; None with too few.
+        linear_probe_top1_synthetic: share of the synthetic images that it assigns to their own class.
+        linear_probe_n_real: held-out photos of the cross-validation.
+        confusion: counts [class, class that the linear probe assigns].
+    """
+
+    frechet: float
+    frechet_equal_counts: float | None
+    frechet_real_halves: float | None
+    frechet_count: int
+    linear_probe_top1_real: float | None
+    linear_probe_top1_synthetic: float
+    linear_probe_n_real: int
+    confusion: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Action:
+    """One thing to do.
+
+    Attributes:
+        gap: the kind of gap.
+        action: what to do.
+        reason: the value measured, the limit, and what the limit rests on.
+    """
+
+    gap: Kind
+    action: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Actions:
+    """At most three actions for each use of the synthetic images; empty where no limit is passed.
+
+    Attributes:
+        synthetic_only: they are all that a student learns from; the farthest past its limit comes first.
+        added_to_real: photos are trained on too; wrong labels, then content, then appearance.
+    """
+
+    synthetic_only: list[Action]
+    added_to_real: list[Action]
+
+
+@dataclass(frozen=True)
+class GapResult:
+    """A synthetic set compared with real photos.
+
+    Attributes:
+        features: the network that content was measured on.
+        n_real: photos compared.
+        n_synthetic: synthetic images compared.
+        appearance: differences of the pixels.
+        content: differences of the features.
+        per_class: class name -> content of the class.
+        actions: what may close the gap.
+    """
+
+    features: FeatureSource
+    n_real: int
+    n_synthetic: int
+    appearance: Appearance
+    content: Content
+    per_class: dict[str, ClassContent]
+    actions: Actions
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for a JSON file."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Images of one domain.
 
     Attributes:
         pixels: uint8 [N, H, W, 3].
@@ -57,47 +211,50 @@ class _Seen:
 
 
 def measure_gap(
-    student: Student, source: str, synthetic: ImageSet, real: ImageSet, most: int, seed: int = 0
-) -> dict[str, Any]:
+    student: Student, source: str, synthetic: ImageSet, real: ImageSet, per_class: int, seed: int = 0
+) -> GapResult:
     """Compare a synthetic set with real photos.
 
     Args:
-        student: its features are what content is measured on; its input is what appearance is measured on.
-        source: what to call it.
+        student: content is measured on its features, appearance on its input.
+        source: name of the student for the result.
         synthetic: the synthetic set.
         real: real photos of the same classes.
-        most: images of a class that are looked at, in both sets.
-        seed: of draws and folds.
-
-    Returns:
-        `features` (source, dimensions), `n_real`, `n_synthetic`, `appearance`, `content`, `per_class` {name:
-        measures} and `actions` (see `advise`). What cannot be measured with so few photos is None.
+        per_class: most images of a class to compare, in both sets.
+        seed: of resampling and folds.
 
     Raises:
         DataError: the classes differ.
     """
     check_classes(synthetic, real)
-    chosen = [_first(one, most) for one in (real.distinct(), synthetic)]
-    photos, drawn = (_seen(student, one) for one in chosen)
-    confusion, trusted = _confusion(photos, drawn, len(real.classes), seed)
-    per_class = {
-        name: _of_class(photos, drawn, label, confusion[label], real.classes)
-        for label, name in enumerate(real.classes)
+    photos = _sample(student, _first(real.distinct(), per_class))
+    generated = _sample(student, _first(synthetic, per_class))
+    names = real.classes
+    predicted = _linear_probe(photos.features, photos.labels, generated.features)
+    confusion = classification.confusion(predicted, generated.labels, len(names))
+    classes = {
+        name: _class_content(photos, generated, label, confusion[label], names)
+        for label, name in enumerate(names)
     }
-    found = {
-        "features": {"source": source, "dimensions": photos.features.shape[1]},
-        "n_real": len(photos.labels),
-        "n_synthetic": len(drawn.labels),
-        "appearance": _appearance(photos, drawn),
-        "content": {
-            **_distances(photos, drawn, seed),
-            **trusted,
-            "confusion": confusion.tolist(),
-            **_averages(per_class),
-        },
-        "per_class": per_class,
-    }
-    return {**found, "actions": advise(found)}
+    probe_top1, n_held_out = _cross_validated_probe(photos, seed)
+    appearance = _appearance(photos, generated)
+    content = Content(
+        **_mean_over_classes(classes),
+        **_frechet_distances(photos, generated, seed),
+        linear_probe_top1_real=probe_top1,
+        linear_probe_top1_synthetic=round(classification.top1(predicted, generated.labels), 4),
+        linear_probe_n_real=n_held_out,
+        confusion=confusion.tolist(),
+    )
+    return GapResult(
+        features=FeatureSource(source, photos.features.shape[1]),
+        n_real=len(photos.labels),
+        n_synthetic=len(generated.labels),
+        appearance=appearance,
+        content=content,
+        per_class=classes,
+        actions=advise(appearance, content, classes),
+    )
 
 
 def check_classes(synthetic: ImageSet, real: ImageSet) -> None:
@@ -106,288 +263,260 @@ def check_classes(synthetic: ImageSet, real: ImageSet) -> None:
     Raises:
         DataError: names the classes that one of them lacks.
     """
-    for one, other in ((real, synthetic), (synthetic, real)):
-        lacking = [name for name in one.classes if name not in other.classes]
+    for complete, other in ((real, synthetic), (synthetic, real)):
+        lacking = [name for name in complete.classes if name not in other.classes]
         if lacking:
             raise DataError(
-                f"{other.root} has no class {', '.join(map(repr, lacking[:5]))}, which {one.root} has; "
+                f"{other.root} has no class {', '.join(map(repr, lacking[:5]))}, which {complete.root} has; "
                 "give two folders with the same class folders"
             )
 
 
-def _first(images: ImageSet, most: int) -> ImageSet:
-    """At most so many images of a class; they lie in the order of their hashes, so any part is a fair one."""
-    positions = [np.flatnonzero(images.labels == label)[:most] for label in range(len(images.classes))]
+def _first(images: ImageSet, count: int) -> ImageSet:
+    """At most `count` images of a class: a fair sample, because images lie in the order of their hashes."""
+    positions = [np.flatnonzero(images.labels == label)[:count] for label in range(len(images.classes))]
     return images.subset(np.concatenate(positions))
 
 
-def _seen(student: Student, images: ImageSet) -> _Seen:
+def _sample(student: Student, images: ImageSet) -> _Sample:
     pixels = images.load(student.preprocessing)
-    return _Seen(pixels, student.features(pixels), images.labels)
+    return _Sample(pixels, student.features(pixels), images.labels)
 
 
-def _traits(pixels: np.ndarray) -> np.ndarray:
-    """Numbers of a photo's look [N, 7]: see `_TRAITS`."""
-    return np.column_stack([gap_measures.channel_statistics(pixels), gap_measures.sharpness(pixels)])
-
-
-def _appearance(photos: _Seen, drawn: _Seen) -> dict[str, Any]:
-    """Offsets in standard deviations of the photos, spreads as ratios, the spectrum in decibels."""
-    real, synthetic = _traits(photos.pixels), _traits(drawn.pixels)
+def _appearance(photos: _Sample, generated: _Sample) -> Appearance:
+    real, synthetic = _image_statistics(photos.pixels), _image_statistics(generated.pixels)
     deviation = np.maximum(real.std(0), 1e-6)
-    offset = (synthetic.mean(0) - real.mean(0)) / deviation
-    spectra = [gap_measures.power_spectrum(one.pixels) for one in (photos, drawn)]
+    spectra = [distributions.power_spectrum(sample.pixels) for sample in (photos, generated)]
     decibel = 10 * (spectra[1] - spectra[0])
     third = max(1, len(decibel) // 3)
-    return {
-        "offset": _named(offset),
-        "spread": _named(synthetic.std(0) / deviation),
-        "offset_error": round(float(np.sqrt(1 / len(real) + 1 / len(synthetic))), 3),
-        "spectrum_db": [round(float(one), 2) for one in decibel],
-        "low_frequencies_db": round(float(decibel[:third].mean()), 2),
-        "high_frequencies_db": round(float(decibel[-third:].mean()), 2),
-    }
+    return Appearance(
+        offset=_by_statistic((synthetic.mean(0) - real.mean(0)) / deviation),
+        offset_error=round(float(np.sqrt(1 / len(real) + 1 / len(synthetic))), 3),
+        spread=_by_statistic(synthetic.std(0) / deviation),
+        spectrum_db=[round(float(value), 2) for value in decibel],
+        low_frequencies_db=round(float(decibel[:third].mean()), 2),
+        high_frequencies_db=round(float(decibel[-third:].mean()), 2),
+    )
 
 
-def _named(values: np.ndarray) -> dict[str, float]:
-    return {name: round(float(value), 3) for name, value in zip(_TRAITS, values, strict=True)}
+def _image_statistics(pixels: np.ndarray) -> np.ndarray:
+    """One row per image, in the order of `_STATISTICS`: [N, 7]."""
+    return np.column_stack([distributions.channel_statistics(pixels), distributions.sharpness(pixels)])
 
 
-def _distances(photos: _Seen, drawn: _Seen, seed: int) -> dict[str, float | None]:
-    """Fréchet distances: of all images; and of equally many, beside two halves of the photos themselves."""
-    whole = gap_measures.frechet_distance(photos.features, drawn.features)
+def _by_statistic(values: np.ndarray) -> dict[str, float]:
+    return {name: round(float(value), 3) for name, value in zip(_STATISTICS, values, strict=True)}
+
+
+def _frechet_distances(photos: _Sample, generated: _Sample, seed: int) -> dict[str, Any]:
+    """The fields of `Content` that begin with "frechet"."""
+    overall = distributions.frechet_distance(photos.features, generated.features)
     random, half = np.random.default_rng(seed), len(photos.features) // 2
-    count = min(half, len(drawn.features))
-    halves, sets = [], []
-    for _ in range(_DRAWS if count > 1 else 0):
+    count = min(half, len(generated.features))
+    between_halves, between_sets = [], []
+    for _ in range(_RESAMPLES if count > 1 else 0):
         order = random.permutation(len(photos.features))
         first, second = photos.features[order[:count]], photos.features[order[count : 2 * count]]
-        picked = random.permutation(len(drawn.features))[:count]
-        halves.append(gap_measures.frechet_distance(first, second))
-        sets.append(gap_measures.frechet_distance(first, drawn.features[picked]))
+        picked = random.permutation(len(generated.features))[:count]
+        between_halves.append(distributions.frechet_distance(first, second))
+        between_sets.append(distributions.frechet_distance(first, generated.features[picked]))
     return {
-        "frechet": round(whole, 4),
-        "frechet_equal_counts": round(float(np.mean(sets)), 4) if sets else None,
-        "frechet_real_halves": round(float(np.mean(halves)), 4) if halves else None,
+        "frechet": round(overall, 4),
+        "frechet_equal_counts": round(float(np.mean(between_sets)), 4) if between_sets else None,
+        "frechet_real_halves": round(float(np.mean(between_halves)), 4) if between_halves else None,
         "frechet_count": count,
     }
 
 
-def _confusion(
-    photos: _Seen, drawn: _Seen, classes: int, seed: int
-) -> tuple[np.ndarray, dict[str, float | None]]:
-    """What a head that only saw photos takes the synthetic images for, and how far it is to be trusted."""
-    predicted = _real_head(photos.features, photos.labels, drawn.features)
-    right = [
-        _real_head(photos.features[learn], photos.labels[learn], photos.features[hold]) == photos.labels[hold]
-        for learn, hold in stratified_folds(photos.labels, _FOLDS, seed)
+def _cross_validated_probe(photos: _Sample, seed: int) -> tuple[float | None, int]:
+    """Top-1 of a linear probe on held-out photos, and their number."""
+    features, labels = photos.features, photos.labels
+    correct = [
+        _linear_probe(features[train], labels[train], features[held_out]) == labels[held_out]
+        for train, held_out in stratified_folds(labels, _FOLDS, seed)
     ]
-    held_out = np.concatenate(right) if right else np.zeros(0)
-    return metrics.confusion(predicted, drawn.labels, classes), {
-        "head_top1_on_photos": round(float(held_out.mean()), 4) if len(held_out) else None,
-        "head_top1_on_synthetic": round(metrics.top1(predicted, drawn.labels), 4),
-        "head_photos_held_out": len(held_out),
-    }
+    if not correct:
+        return None, 0
+    every = np.concatenate(correct)
+    return round(float(every.mean()), 4), len(every)
 
 
-def _real_head(features: np.ndarray, labels: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Classes that logistic regression on some features gives to others."""
+def _linear_probe(features: np.ndarray, labels: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Classes [M] that logistic regression on features [N, D] assigns to other features [M, D]."""
     from sklearn.linear_model import LogisticRegression
 
-    deviation = features.std(0)
-    scale = np.where(deviation > 1e-6, deviation, 1)
-    centred, asked = ((one - features.mean(0)) / scale for one in (features, others))
     if len(np.unique(labels)) == 1:
         return np.full(len(others), labels[0])
-    return np.asarray(LogisticRegression(max_iter=1000).fit(centred, labels).predict(asked))
+    deviation = features.std(0)
+    scale = np.where(deviation > 1e-6, deviation, 1)
+    standardised, others = ((values - features.mean(0)) / scale for values in (features, others))
+    return np.asarray(LogisticRegression(max_iter=1000).fit(standardised, labels).predict(others))
 
 
-def _of_class(
-    photos: _Seen, drawn: _Seen, label: int, confused: np.ndarray, names: tuple[str, ...]
-) -> dict[str, Any]:
-    real, synthetic = (one.features[one.labels == label] for one in (photos, drawn))
+def _class_content(
+    photos: _Sample, generated: _Sample, label: int, confused: np.ndarray, names: tuple[str, ...]
+) -> ClassContent:
+    real, synthetic = (sample.features[sample.labels == label] for sample in (photos, generated))
     others = np.where(np.arange(len(names)) == label, -1, confused)
-    return {
-        "n_real": len(real),
-        "n_synthetic": len(synthetic),
-        **_coverage(real, synthetic),
-        "seen_right": round(float(confused[label] / confused.sum()), 4),
-        "most_seen_as": names[int(others.argmax())] if others.max() > 0 else None,
-    }
+    return ClassContent(
+        **_neighbourhood(real, synthetic),
+        n_real=len(real),
+        n_synthetic=len(synthetic),
+        top1=round(float(confused[label] / confused.sum()), 4),
+        most_confused_with=names[int(others.argmax())] if others.max() > 0 else None,
+    )
 
 
-def _coverage(real: np.ndarray, synthetic: np.ndarray) -> dict[str, float | None]:
+def _neighbourhood(real: np.ndarray, synthetic: np.ndarray) -> dict[str, Any]:
+    """The fields of `Neighbourhood` for features [N, D] and [M, D]."""
     k = min(_NEIGHBOURS, len(real) - 1)
-    spread, own = gap_measures.mean_distance(synthetic), gap_measures.mean_distance(real)
-    density, coverage = gap_measures.density_and_coverage(real, synthetic, k) if k else (None, None)
-    expected = gap_measures.expected_coverage(len(real), len(synthetic), k) if k else None
-    diversity = spread / own if spread is not None and own else None
-    values = {"coverage": coverage, "expected_coverage": expected, "density": density, "diversity": diversity}
-    return {name: None if one is None else round(float(one), 4) for name, one in values.items()}
+    spread, own = distributions.mean_distance(synthetic), distributions.mean_distance(real)
+    density, coverage = distributions.density_and_coverage(real, synthetic, k) if k else (None, None)
+    values = {
+        "coverage": coverage,
+        "expected_coverage": distributions.expected_coverage(len(real), len(synthetic), k) if k else None,
+        "density": density,
+        "diversity": spread / own if spread is not None and own else None,
+    }
+    return {name: None if value is None else round(float(value), 4) for name, value in values.items()}
 
 
-def _averages(per_class: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
-    """Mean over the classes that a measure could be taken of."""
-    averages: dict[str, float | None] = {}
+def _mean_over_classes(classes: Mapping[str, ClassContent]) -> dict[str, Any]:
+    """The fields of `Neighbourhood` as means over the classes where they could be measured."""
+    means = {}
     for name in ("coverage", "expected_coverage", "density", "diversity"):
-        known = [one[name] for one in per_class.values() if one[name] is not None]
-        averages[name] = round(float(np.mean(known)), 4) if known else None
-    return averages
+        values = [getattr(content, name) for content in classes.values()]
+        known = [value for value in values if value is not None]
+        means[name] = round(float(np.mean(known)), 4) if known else None
+    return means
 
 
 @dataclass(frozen=True)
 class _Finding:
-    """One thing that is wrong.
+    """An action, and how far past its limit the measure is: 1 is at the limit."""
 
-    Attributes:
-        gap: "appearance", "content" or "labels".
-        excess: how far past its limit; 1 is at it.
-        action: what to do.
-        why: the value seen, the limit, and what the limit rests on.
-    """
-
-    gap: str
     excess: float
-    action: str
-    why: str
+    action: Action
 
 
-#: The order of the gaps where photos are trained on too: wrong labels stay wrong; images are worth what they
-#: add to what the photos show themselves; how photos look is what the last layers learn from them.
-_WITH_REAL = ("labels", "content", "appearance")
+#: The order where photos are trained on too: wrong labels stay wrong; images are worth what they add to what
+#: the photos show; the photos' appearance is what the last layers learn from them.
+_ORDER_WITH_REAL = ("labels", "content", "appearance")
 
 
-def advise(gap: Mapping[str, Any]) -> dict[str, list[dict[str, str]]]:
-    """Two or three things to do, for both ways of use.
-
-    Args:
-        gap: what `measure_gap` found.
-
-    Returns:
-        `synthetic_only`: the farthest past their limit first; `added_to_real`: wrong labels, then content,
-        then appearance. Each is a list of `gap`, `action` and `why`, empty where no limit is passed.
-    """
-    found = [
-        *_labels(gap),
-        *_low_coverage(gap),
-        *_diversity(gap),
-        *_offsets(gap),
-        *_spread(gap),
-        *_spectrum(gap),
+def advise(appearance: Appearance, content: Content, classes: Mapping[str, ClassContent]) -> Actions:
+    """The actions that the measures suggest."""
+    findings = [
+        *_check_labels(content, classes),
+        *_check_coverage(content, classes),
+        *_check_diversity(content),
+        *_check_offset(appearance),
+        *_check_spread(appearance),
+        *_check_spectrum(appearance),
     ]
-    alone = sorted(found, key=lambda one: -one.excess)
-    beside = sorted(alone, key=lambda one: _WITH_REAL.index(one.gap))
-    return {"synthetic_only": _told(alone), "added_to_real": _told(beside)}
+    alone = [finding.action for finding in sorted(findings, key=lambda finding: -finding.excess)]
+    added = sorted(alone, key=lambda action: _ORDER_WITH_REAL.index(action.gap))
+    return Actions(alone[:_MAX_ACTIONS], added[:_MAX_ACTIONS])
 
 
-def _told(findings: list[_Finding]) -> list[dict[str, str]]:
-    return [{"gap": one.gap, "action": one.action, "why": one.why} for one in findings[:_MOST]]
-
-
-def _labels(gap: Mapping[str, Any]) -> Iterator[_Finding]:
-    """Classes whose images a head of photos takes for another class, more often than chance explains."""
-    content = gap["content"]
-    trusted, held_out = content["head_top1_on_photos"], content["head_photos_held_out"]
-    if trusted is None:
+def _check_labels(content: Content, classes: Mapping[str, ClassContent]) -> Iterator[_Finding]:
+    """Classes whose images the linear probe confuses more often than chance explains."""
+    real, held_out = content.linear_probe_top1_real, content.linear_probe_n_real
+    if real is None:
         return
-    low = metrics.wilson_interval(round(trusted * held_out), held_out)[0]
-    worst = [
-        (low / max(one["seen_right"], 0.01), name, one)
-        for name, one in gap["per_class"].items()
-        if metrics.wilson_interval(round(one["seen_right"] * one["n_synthetic"]), one["n_synthetic"])[1] < low
+    low = classification.wilson_interval(round(real * held_out), held_out)[0]
+    confused = [
+        (low / max(of_class.top1, 0.01), name, of_class)
+        for name, of_class in classes.items()
+        if _upper_bound(of_class.top1, of_class.n_synthetic) < low
     ]
-    for excess, name, one in sorted(worst, key=lambda item: -item[0])[:1]:
-        others = f" (and of {len(worst) - 1} more classes)" if len(worst) > 1 else ""
-        yield _Finding(
+    for excess, name, of_class in sorted(confused, key=lambda item: -item[0])[:1]:
+        others = f" (and of {len(confused) - 1} more classes)" if len(confused) > 1 else ""
+        action = Action(
             "labels",
-            excess,
-            f"give {name!r}{others} other words in classes.toml, or lean on your photos instead of its words "
-            "with generate --init real; generate --filter class rejects such images",
-            f"a head trained on the photos takes {one['seen_right']:.0%} of its images for it, most others "
-            f"for {one['most_seen_as']!r}; of held-out photos it gets {trusted:.0%} right, at least "
+            f"give {name!r}{others} other words in classes.toml, or start from your photos instead of the "
+            "words with generate --init real; generate --filter class rejects such images",
+            f"a linear probe of the photos assigns {of_class.top1:.0%} of its images to it, most others "
+            f"to {of_class.most_confused_with!r}; of held-out photos it gets {real:.0%} right, at least "
             f"{low:.0%}: the 95 % intervals do not meet",
         )
+        yield _Finding(excess, action)
 
 
-def _low_coverage(gap: Mapping[str, Any]) -> Iterator[_Finding]:
-    content = gap["content"]
-    if content["coverage"] is None:
+def _upper_bound(share: float, count: int) -> float:
+    return classification.wilson_interval(round(share * count), count)[1]
+
+
+def _check_coverage(content: Content, classes: Mapping[str, ClassContent]) -> Iterator[_Finding]:
+    if content.coverage is None or content.expected_coverage is None:
         return
-    share = content["coverage"] / max(content["expected_coverage"], 1e-9)
-    if share >= _COVERAGE:
+    share = content.coverage / max(content.expected_coverage, 1e-9)
+    if share >= _COVERAGE_LIMIT:
         return
-    narrow = (content["diversity"] or 1) < 1
-    action = (
-        "lower generate --guidance and give several prompt templates: the images crowd together"
-        if narrow
-        else "draw from your photos with generate --init real --strength 0.75: the images vary elsewhere"
-    )
-    worst = min(
-        (one["coverage"], name) for name, one in gap["per_class"].items() if one["coverage"] is not None
-    )
-    yield _Finding(
+    measured = [
+        (of_class.coverage, name) for name, of_class in classes.items() if of_class.coverage is not None
+    ]
+    worst_coverage, worst_name = min(measured)
+    action = Action(
         "content",
-        _COVERAGE / max(share, 0.01),
-        action,
-        f"{content['coverage']:.0%} of the photos have a synthetic image near them, where images of their "
-        f"own distribution would reach {content['expected_coverage']:.0%}; least {worst[1]!r} with "
-        f"{worst[0]:.0%} (limit: {_COVERAGE:.0%} of what is expected)",
+        "lower generate --guidance and give several prompt templates: the images crowd together"
+        if (content.diversity or 1) < 1
+        else "start from your photos with generate --init real --strength 0.75: the images vary elsewhere",
+        f"{content.coverage:.0%} of the photos have a synthetic image near them, where images of their "
+        f"own distribution would reach {content.expected_coverage:.0%}; least {worst_name!r} with "
+        f"{worst_coverage:.0%} (limit: {_COVERAGE_LIMIT:.0%} of what is expected)",
     )
+    yield _Finding(_COVERAGE_LIMIT / max(share, 0.01), action)
 
 
-def _diversity(gap: Mapping[str, Any]) -> Iterator[_Finding]:
-    diversity = gap["content"]["diversity"]
-    if diversity is not None and diversity < _DIVERSITY:
-        yield _Finding(
+def _check_diversity(content: Content) -> Iterator[_Finding]:
+    diversity = content.diversity
+    if diversity is not None and diversity < _DIVERSITY_LIMIT:
+        action = Action(
             "content",
-            _DIVERSITY / max(diversity, 0.01),
             "lower generate --guidance, which trades variety for likeness to the prompt (Ho & Salimans 2022)",
             f"two synthetic images of a class are {diversity:.2f} times as far apart as two photos "
-            f"(limit {_DIVERSITY})",
+            f"(limit {_DIVERSITY_LIMIT})",
         )
+        yield _Finding(_DIVERSITY_LIMIT / max(diversity, 0.01), action)
 
 
-def _offsets(gap: Mapping[str, Any]) -> Iterator[_Finding]:
-    appearance = gap["appearance"]
-    name, offset = max(appearance["offset"].items(), key=lambda item: abs(item[1]))
-    limit = max(_OFFSET, _ERRORS * appearance["offset_error"])
+def _check_offset(appearance: Appearance) -> Iterator[_Finding]:
+    name, offset = max(appearance.offset.items(), key=lambda item: abs(item[1]))
+    limit = max(_OFFSET_LIMIT, _OFFSET_ERRORS * appearance.offset_error)
     if abs(offset) > limit:
-        yield _Finding(
+        action = Action(
             "appearance",
-            abs(offset) / limit,
-            "learn the style with more --vectors or --steps; images drawn from your photos (generate --init "
-            "real) keep more of their look",
+            "learn the style with more --vectors or --steps; images that start from your photos (generate "
+            "--init real) keep more of their appearance",
             f"{name} is {offset:+.1f} standard deviations of the photos off (limit {limit:.1f}: a large "
             "effect, beyond two standard errors)",
         )
+        yield _Finding(abs(offset) / limit, action)
 
 
-def _spread(gap: Mapping[str, Any]) -> Iterator[_Finding]:
-    spread = gap["appearance"]["spread"]
-    middle = sorted(spread.values())[len(spread) // 2]
-    if middle < _SPREAD:
-        yield _Finding(
+def _check_spread(appearance: Appearance) -> Iterator[_Finding]:
+    middle = sorted(appearance.spread.values())[len(appearance.spread) // 2]
+    if middle < _SPREAD_LIMIT:
+        action = Action(
             "appearance",
-            _SPREAD / max(middle, 0.01),
-            "learn a token per look: learn-style --clusters 3",
+            "learn a token for each kind of appearance: learn-style --clusters 3",
             f"colour, contrast and sharpness vary {middle:.2f} times as much as among the photos (limit "
-            f"{_SPREAD}: then a third of the photos look like no synthetic image)",
+            f"{_SPREAD_LIMIT}: then a third of the photos resemble no synthetic image)",
         )
+        yield _Finding(_SPREAD_LIMIT / max(middle, 0.01), action)
 
 
-def _spectrum(gap: Mapping[str, Any]) -> Iterator[_Finding]:
-    high = gap["appearance"]["high_frequencies_db"]
-    if high < -_DECIBEL:
-        yield _Finding(
-            "appearance",
-            -high / _DECIBEL,
-            "draw with more generate --steps, or from your photos with --init real: the images are soft",
-            f"fine detail has {high:+.1f} dB against the photos (limit {-_DECIBEL:.0f} dB, half the power)",
-        )
-    elif high > _DECIBEL:
-        yield _Finding(
-            "appearance",
-            high / _DECIBEL,
-            "lower generate --guidance or draw with more --steps: the images are harder or noisier",
-            f"fine detail has {high:+.1f} dB against the photos (limit {_DECIBEL:.0f} dB, twice the power)",
-        )
+def _check_spectrum(appearance: Appearance) -> Iterator[_Finding]:
+    high = appearance.high_frequencies_db
+    if abs(high) <= _DECIBEL_LIMIT:
+        return
+    action = Action(
+        "appearance",
+        "generate with more --steps, or from your photos with --init real: the images are soft"
+        if high < 0
+        else "lower generate --guidance or use more --steps: the images are harder or noisier",
+        f"fine detail has {high:+.1f} dB against the photos (limit {np.sign(high) * _DECIBEL_LIMIT:.0f} dB, "
+        f"{'half' if high < 0 else 'twice'} the power)",
+    )
+    yield _Finding(abs(high) / _DECIBEL_LIMIT, action)

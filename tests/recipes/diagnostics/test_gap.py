@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,16 @@ pytest.importorskip("sklearn")
 from synthkit.data.images import ImageSet
 from synthkit.errors import DataError
 from synthkit.learning.students import Student
-from synthkit.recipes.diagnostics.gap import advise, measure_gap
+from synthkit.recipes.diagnostics.gap import (
+    Actions,
+    Appearance,
+    ClassContent,
+    Content,
+    FeatureSource,
+    GapResult,
+    advise,
+    measure_gap,
+)
 from tests.tiny_students import lively_student
 
 CLASSES = ("circle", "cross", "square")
@@ -55,37 +65,37 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> ImageSet:
     return folder(tmp_path_factory.mktemp("real") / "photos", 24, 0)
 
 
-def measured(student: Student, synthetic: ImageSet, real: ImageSet, most: int = 200) -> dict[str, Any]:
-    return measure_gap(student, "a test's", synthetic, real, most)
+def compare(student: Student, synthetic: ImageSet, real: ImageSet, per_class: int = 200) -> GapResult:
+    return measure_gap(student, "a test's", synthetic, real, per_class)
 
 
 def test_sets_of_one_distribution_pass_every_limit(student: Student, real: ImageSet, tmp_path: Path) -> None:
-    found = measured(student, folder(tmp_path / "s", 40, 1), real)
-    content, looks = found["content"], found["appearance"]
-    assert found["actions"] == {"synthetic_only": [], "added_to_real": []}
-    assert (found["n_real"], found["n_synthetic"]) == (72, 120)
-    assert found["features"] == {"source": "a test's", "dimensions": student.head.in_features}
-    assert content["coverage"] == pytest.approx(content["expected_coverage"], abs=0.1)
-    assert content["density"] == pytest.approx(1, abs=0.3)
-    assert content["diversity"] == pytest.approx(1, abs=0.15)
-    assert content["frechet_equal_counts"] < 1.5 * content["frechet_real_halves"]
-    assert max(abs(one) for one in looks["offset"].values()) < 0.5
-    assert abs(looks["high_frequencies_db"]) < 1 and content["frechet_count"] == 36
-    assert content["head_top1_on_photos"] > 0.6 and sum(map(sum, content["confusion"])) == 120
+    result = compare(student, folder(tmp_path / "s", 40, 1), real)
+    content, appearance = result.content, result.appearance
+    assert result.actions == Actions([], [])
+    assert (result.n_real, result.n_synthetic) == (72, 120)
+    assert result.features == FeatureSource("a test's", student.head.in_features)
+    assert content.coverage == pytest.approx(content.expected_coverage, abs=0.1)
+    assert content.density == pytest.approx(1, abs=0.3)
+    assert content.diversity == pytest.approx(1, abs=0.15)
+    assert content.frechet_equal_counts < 1.5 * content.frechet_real_halves
+    assert max(abs(one) for one in appearance.offset.values()) < 0.5
+    assert abs(appearance.high_frequencies_db) < 1 and content.frechet_count == 36
+    assert content.linear_probe_top1_real > 0.6 and sum(map(sum, content.confusion)) == 120
 
 
 def test_soft_and_pale_images_are_an_appearance_gap(student: Student, real: ImageSet, tmp_path: Path) -> None:
     def soften(image: Image.Image) -> Image.Image:
         return image.filter(ImageFilter.GaussianBlur(1.5)).point(lambda value: value // 2 + 127)
 
-    found = measured(student, folder(tmp_path / "s", 40, 1, soften), real)
-    looks = found["appearance"]
-    assert looks["offset"]["red mean"] > 1 and looks["offset"]["green contrast"] < -1
-    assert looks["high_frequencies_db"] < -10 and looks["offset"]["sharpness"] < -2
-    alone = found["actions"]["synthetic_only"]
-    assert alone[0]["gap"] == "appearance" and len(alone) == 3
-    assert any("the images are soft" in one["action"] for one in alone)
-    assert any("--vectors" in one["action"] for one in alone)
+    result = compare(student, folder(tmp_path / "s", 40, 1, soften), real)
+    appearance = result.appearance
+    assert appearance.offset["red mean"] > 1 and appearance.offset["green contrast"] < -1
+    assert appearance.high_frequencies_db < -10 and appearance.offset["sharpness"] < -2
+    alone = result.actions.synthetic_only
+    assert alone[0].gap == "appearance" and len(alone) == 3
+    assert any("the images are soft" in one.action for one in alone)
+    assert any("--vectors" in one.action for one in alone)
 
 
 def test_a_single_look_asks_for_more_tokens(student: Student, real: ImageSet, tmp_path: Path) -> None:
@@ -94,21 +104,20 @@ def test_a_single_look_asks_for_more_tokens(student: Student, real: ImageSet, tm
         pixels = (pixels - pixels.mean((0, 1))) / pixels.std((0, 1)) * 45 + 140
         return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
-    found = measured(student, folder(tmp_path / "s", 40, 1, of_one_look), real)
-    assert found["appearance"]["spread"]["red mean"] < 0.2
-    assert any("--clusters" in one["action"] for one in found["actions"]["synthetic_only"])
+    result = compare(student, folder(tmp_path / "s", 40, 1, of_one_look), real)
+    assert result.appearance.spread["red mean"] < 0.2
+    assert any("--clusters" in one.action for one in result.actions.synthetic_only)
 
 
 def test_a_class_that_is_drawn_as_another_is_found(student: Student, real: ImageSet, tmp_path: Path) -> None:
     drawn = folder(tmp_path / "s", 40, 1, drawn_as=lambda name: "circle" if name == "cross" else name)
-    found = measured(student, drawn, real)
-    cross = found["per_class"]["cross"]
-    assert cross["seen_right"] < 0.5 and cross["most_seen_as"] == "circle"
-    assert found["per_class"]["square"]["seen_right"] > 0.6
-    for regime in ("synthetic_only", "added_to_real"):
-        first = found["actions"][regime][0]
-        assert first["gap"] == "labels" and "'cross' other words in classes.toml" in first["action"]
-        assert "most others for 'circle'" in first["why"]
+    result = compare(student, drawn, real)
+    cross = result.per_class["cross"]
+    assert cross.top1 < 0.5 and cross.most_confused_with == "circle"
+    assert result.per_class["square"].top1 > 0.6
+    for first in (result.actions.synthetic_only[0], result.actions.added_to_real[0]):
+        assert first.gap == "labels" and "'cross' other words in classes.toml" in first.action
+        assert "most others to 'circle'" in first.reason
 
 
 def test_copies_of_one_image_cover_little(student: Student, real: ImageSet, tmp_path: Path) -> None:
@@ -120,29 +129,29 @@ def test_copies_of_one_image_cover_little(student: Student, real: ImageSet, tmp_
         for index in range(40):
             grain = one + random.normal(0, 3, one.shape)
             Image.fromarray(grain.clip(0, 255).astype(np.uint8)).save(root / name / f"{index}.png")
-    found = measured(student, ImageSet.scan(root), real)
-    assert found["content"]["diversity"] < 0.4 and found["content"]["coverage"] < 0.5
-    beside = found["actions"]["added_to_real"]
-    assert beside[0]["gap"] != "appearance"
-    assert any("--guidance" in one["action"] and one["gap"] == "content" for one in beside)
+    result = compare(student, ImageSet.scan(root), real)
+    assert result.content.diversity < 0.4 and result.content.coverage < 0.5
+    beside = result.actions.added_to_real
+    assert beside[0].gap != "appearance"
+    assert any("--guidance" in one.action and one.gap == "content" for one in beside)
 
 
 def test_one_photo_of_a_class_leaves_out_what_it_cannot_tell(
     student: Student, real: ImageSet, tmp_path: Path
 ) -> None:
     one_each = real.subset([0, 24, 48])
-    found = measured(student, folder(tmp_path / "s", 5, 1), one_each)
-    assert found["per_class"]["cross"]["coverage"] is None and found["content"]["coverage"] is None
-    assert found["content"]["head_top1_on_photos"] is None and found["content"]["frechet_count"] == 1
-    assert found["content"]["frechet_real_halves"] is None
-    assert not [one for one in found["actions"]["synthetic_only"] if one["gap"] != "appearance"]
+    result = compare(student, folder(tmp_path / "s", 5, 1), one_each)
+    assert result.per_class["cross"].coverage is None and result.content.coverage is None
+    assert result.content.linear_probe_top1_real is None and result.content.frechet_count == 1
+    assert result.content.frechet_real_halves is None
+    assert not [one for one in result.actions.synthetic_only if one.gap != "appearance"]
 
 
 def test_no_more_images_than_asked_for_are_looked_at(
     student: Student, real: ImageSet, tmp_path: Path
 ) -> None:
-    found = measured(student, folder(tmp_path / "s", 9, 1), real, most=4)
-    assert (found["n_real"], found["n_synthetic"]) == (12, 12)
+    result = compare(student, folder(tmp_path / "s", 9, 1), real, per_class=4)
+    assert (result.n_real, result.n_synthetic) == (12, 12)
 
 
 def test_folders_of_other_classes_are_refused(student: Student, real: ImageSet, tmp_path: Path) -> None:
@@ -150,56 +159,73 @@ def test_folders_of_other_classes_are_refused(student: Student, real: ImageSet, 
     (tmp_path / "s" / "square").rename(tmp_path / "s" / "star")
     drawn = ImageSet.scan(tmp_path / "s")
     with pytest.raises(DataError, match=r"s has no class 'square', which .*photos has"):
-        measured(student, drawn, real)
+        compare(student, drawn, real)
     with pytest.raises(DataError, match=r"photos has no class 'star'"):
-        measured(student, ImageSet(drawn.root, (*CLASSES, "star"), drawn.items), real)
+        compare(student, ImageSet(drawn.root, (*CLASSES, "star"), drawn.items), real)
 
 
-def gap_of(**content: Any) -> dict[str, Any]:
-    usual = {
-        "coverage": 0.9, "expected_coverage": 1.0, "density": 1.0, "diversity": 1.0,
-        "head_top1_on_photos": 0.9, "head_photos_held_out": 100,
-    }  # fmt: skip
-    one = {"coverage": 0.9, "seen_right": 0.9, "n_synthetic": 100, "most_seen_as": "b"}
-    return {
-        "appearance": {
-            "offset": {"red mean": 0.0},
-            "offset_error": 0.1,
-            "spread": {"red mean": 1.0},
-            "high_frequencies_db": 0.0,
-        },
-        "content": {**usual, **content},
-        "per_class": {"a": one},
-    }
+FINE = Appearance(
+    offset={"red mean": 0.0},
+    offset_error=0.1,
+    spread={"red mean": 1.0},
+    spectrum_db=[0.0],
+    low_frequencies_db=0.0,
+    high_frequencies_db=0.0,
+)
+CLASS = ClassContent(
+    coverage=0.9,
+    expected_coverage=1.0,
+    density=1.0,
+    diversity=1.0,
+    n_real=20,
+    n_synthetic=100,
+    top1=0.9,
+    most_confused_with="b",
+)
+
+
+def advice(appearance: Appearance = FINE, of_class: ClassContent = CLASS, **content: Any) -> Actions:
+    usual = Content(
+        coverage=0.9,
+        expected_coverage=1.0,
+        density=1.0,
+        diversity=1.0,
+        frechet=1.0,
+        frechet_equal_counts=1.0,
+        frechet_real_halves=1.0,
+        frechet_count=10,
+        linear_probe_top1_real=0.9,
+        linear_probe_top1_synthetic=0.9,
+        linear_probe_n_real=100,
+        confusion=[[90]],
+    )
+    return advise(appearance, replace(usual, **content), {"a": of_class})
 
 
 def test_advice_depends_on_whether_the_images_crowd_or_stray() -> None:
-    assert advise(gap_of()) == {"synthetic_only": [], "added_to_real": []}
-    (crowded,) = advise(gap_of(coverage=0.5, diversity=0.9))["synthetic_only"]
-    (strayed,) = advise(gap_of(coverage=0.5, diversity=1.2))["synthetic_only"]
-    assert "--guidance" in crowded["action"] and "--init real" in strayed["action"]
-    assert "50% of the photos" in strayed["why"] and "100%" in strayed["why"]
+    assert advice() == Actions([], [])
+    (crowded,) = advice(coverage=0.5, diversity=0.9).synthetic_only
+    (strayed,) = advice(coverage=0.5, diversity=1.2).synthetic_only
+    assert "--guidance" in crowded.action and "--init real" in strayed.action
+    assert "50% of the photos" in strayed.reason and "100%" in strayed.reason
 
 
 def test_an_offset_within_its_error_raises_no_alarm() -> None:
-    gap = gap_of()
-    gap["appearance"].update(offset={"red mean": -1.2}, offset_error=0.7)
-    assert advise(gap)["synthetic_only"] == []
-    gap["appearance"]["offset_error"] = 0.3
-    (only,) = advise(gap)["synthetic_only"]
-    assert "red mean is -1.2 standard deviations" in only["why"]
+    off = replace(FINE, offset={"red mean": -1.2}, offset_error=0.7)
+    assert advice(off).synthetic_only == []
+    (only,) = advice(replace(off, offset_error=0.3)).synthetic_only
+    assert "red mean is -1.2 standard deviations" in only.reason
 
 
-def test_beside_photos_wrong_labels_and_content_come_before_looks() -> None:
-    gap = gap_of(coverage=0.6)
-    gap["appearance"]["high_frequencies_db"] = -30.0
-    gap["per_class"]["a"].update(seen_right=0.6, most_seen_as="b")
-    actions = advise(gap)
-    assert [one["gap"] for one in actions["synthetic_only"]] == ["appearance", "labels", "content"]
-    assert [one["gap"] for one in actions["added_to_real"]] == ["labels", "content", "appearance"]
+def test_beside_photos_wrong_labels_and_content_come_before_appearance() -> None:
+    soft = replace(FINE, high_frequencies_db=-30.0)
+    actions = advice(soft, replace(CLASS, top1=0.6), coverage=0.6)
+    assert [action.gap for action in actions.synthetic_only] == ["appearance", "labels", "content"]
+    assert [action.gap for action in actions.added_to_real] == ["labels", "content", "appearance"]
 
 
 def test_hard_images_are_told_from_soft_ones() -> None:
-    gap = gap_of()
-    gap["appearance"]["high_frequencies_db"] = 6.0
-    assert "harder or noisier" in advise(gap)["synthetic_only"][0]["action"]
+    (hard,) = advice(replace(FINE, high_frequencies_db=6.0)).synthetic_only
+    assert "harder or noisier" in hard.action and "limit 3 dB, twice the power" in hard.reason
+    (soft,) = advice(replace(FINE, high_frequencies_db=-6.0)).synthetic_only
+    assert "the images are soft" in soft.action and "limit -3 dB, half the power" in soft.reason

@@ -64,8 +64,8 @@ def synthetic(work: Path) -> None:
 
 
 ONE = {
-    "coverage": 0.5, "expected_coverage": 1.0, "density": None, "diversity": 0.9, "seen_right": 0.7,
-    "most_seen_as": "<b>&",
+    "coverage": 0.5, "expected_coverage": 1.0, "density": None, "diversity": 0.9, "top1": 0.7,
+    "most_confused_with": "<b>&",
 }  # fmt: skip
 GAP = {
     "n_synthetic": 28,
@@ -85,7 +85,7 @@ GAP = {
     },
     "per_class": {"a": ONE, "<b>&": ONE},
     "actions": {
-        "synthetic_only": [{"gap": "content", "action": "lower --guidance", "why": "0.9 < 1"}],
+        "synthetic_only": [{"gap": "content", "action": "lower --guidance", "reason": "0.9 < 1"}],
         "added_to_real": [],
     },
 }

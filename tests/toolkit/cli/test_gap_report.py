@@ -69,7 +69,7 @@ def test_gap_tells_both_gaps_and_what_to_do(workspace: Path, photos: Path) -> No
         "Fréchet distance",
     ):
         assert shown in out
-    assert "Synthetic images alone:" in out and "Synthetic images beside the photos:" in out
+    assert "Synthetic images alone:" in out and "Synthetic images added to the photos:" in out
     kept = json.loads((workspace / "gap.json").read_text(encoding="utf-8"))
     code, out, _ = call(workspace, "gap", "--real-dir", photos, "--json")
     assert json.loads(out) == kept
@@ -113,7 +113,7 @@ def test_folders_of_other_classes_are_one_line(workspace: Path, tmp_path: Path) 
 
 def test_a_workspace_without_synthetic_images_is_one_line(tmp_path: Path, photos: Path) -> None:
     code, _, text = call(tmp_path / "none", "gap", "--real-dir", photos)
-    assert code == 1 and "draw one with `synthkit generate`, or give --synth-dir DIR" in text
+    assert code == 1 and "make one with `synthkit generate`, or give --synth-dir DIR" in text
 
 
 def test_report_after_gap(workspace: Path, photos: Path) -> None:
