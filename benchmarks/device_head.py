@@ -4,11 +4,11 @@
 
     a few photos per class -> pretrained student with a logistic regression as its head -> the first bundle
     more photos of each class
-        `synthkit adapt --bundle` in a process of its own: seconds, top-1
+        `synthkit update` in a process of its own: seconds, top-1
         `adapt` in torch with the strategy last-1, from the same student: top-1
         scikit-learn's logistic regression on torch features, from scratch: top-1
     photos of one more class
-        `synthkit adapt --bundle --new-class`: top-1 on it and on the known classes
+        `synthkit update --new-class`: top-1 on it and on the known classes
 
 Test images choose nothing: scikit-learn's C is fixed, as are all defaults of the others.
 """
@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 
-from synthkit.artifacts import versions, write_json
+from synthkit.artifacts import run_stage, versions, write_json
 from synthkit.data.images import ImageSet
 from synthkit.data.splits import k_shot
 from synthkit.one_line import OneLineErrors
@@ -116,9 +116,9 @@ def make_start(name: str, weights: Path, photos: ImageSet, place: Place, precisi
 
 
 def device_update(bundle: Path, *arguments: str | Path) -> dict[str, Any]:
-    """Run `synthkit adapt --bundle` in a process of its own, and time it from start to end."""
+    """Run `synthkit update` in a process of its own, and time it from start to end."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, "-m", "synthkit", "adapt", "--bundle", bundle, *arguments, "--json"]
+    command = [sys.executable, "-m", "synthkit", "update", bundle, *arguments, "--json"]
     started = time.perf_counter()
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
     seconds = time.perf_counter() - started
@@ -130,12 +130,12 @@ def device_update(bundle: Path, *arguments: str | Path) -> dict[str, Any]:
 def torch_last_layer(place: Place, photos: ImageSet, test: ImageSet) -> float:
     """Top-1 after `adapt` in torch with the strategy last-1, from the starting student."""
     from synthkit.learning.students import load_student
-    from synthkit.recipes.adaptation.adapt import adapt
+    from synthkit.recipes.adaptation.adapt import Adapt
     from synthkit.recipes.settings import AdaptSettings, TrainSettings
 
     settings = AdaptSettings(path="last-1")
-    adapted = adapt(settings, TrainSettings(), place.root / "student", photos, place.root / "last-1")
-    return torch_top1(load_student(adapted.out), test)
+    stage = Adapt(settings, TrainSettings(), place.root / "student", photos, place.root / "last-1")
+    return torch_top1(load_student(run_stage(stage).out), test)
 
 
 def update(place: Place, student: Student, new: ImageSet, test_dir: Path) -> dict[str, Any]:

@@ -19,11 +19,11 @@ from typing import Any, Literal
 import click
 
 from benchmarks.device_head import regress
-from synthkit.artifacts import StageResult, versions, write_json
+from synthkit.artifacts import StageResult, run_stage, versions, write_json
 from synthkit.data.images import ImageSet
 from synthkit.data.splits import k_shot
 from synthkit.one_line import OneLineErrors
-from synthkit.recipes.exporting.export import Images, run_export
+from synthkit.recipes.exporting.export import Export, Images
 from synthkit.recipes.settings import ExportSettings
 
 Int8Target = Literal["cpu", "tensorrt"]
@@ -50,7 +50,8 @@ def measure(
     rows = []
     for target in targets:
         settings = ExportSettings(precision="fp32,fp16,int8", default_precision="int8", int8_target=target)
-        result = run_export(student, work / f"bundle-{target}", photos, False, settings, Images(test=test))
+        images = Images(photos=photos, test=test)
+        result = run_stage(Export(settings, student, work / f"bundle-{target}", images))
         rows.append({"int8_target": target, **row_of(result)})
     return rows
 
