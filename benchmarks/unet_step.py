@@ -458,20 +458,20 @@ def _profiled_run(path: Path, task: UnetTask, threads: int, runs: int) -> list[d
     import onnxruntime
     import torch
 
-    from synthkit.engines.diffusion.denoising_graph import loop_graphs
+    from synthkit.engines.diffusion.denoising_graph import split_unet
 
-    graphs = loop_graphs(path, guided=task.guidance > 1)
-    prelude = open_session(graphs.prelude.SerializeToString(), "cpu", path.parent, threads)
+    graphs = split_unet(path, guided=task.guidance > 1)
+    conditioning = open_session(graphs.conditioning.SerializeToString(), "cpu", path.parent, threads)
     with tempfile.TemporaryDirectory() as folder:
         options = session_options(path.parent, threads)
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(folder) / "unet")
-        content = graphs.step.SerializeToString()
+        content = graphs.denoising.SerializeToString()
         session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-        denoiser = Denoiser(OrtSession(session, "cpu", "the UNet"), task.guidance > 1, prelude)
-        step = denoiser.bind(task.texts, task.latents.shape, task.guidance)
+        denoiser = Denoiser(OrtSession(session, "cpu", "the UNet"), task.guidance > 1, conditioning)
+        predict = denoiser.bind(task.texts, task.latents.shape, task.guidance)
         for _ in range(runs + 1):
-            step(torch.from_numpy(task.latents), task.timestep)
+            predict(torch.from_numpy(task.latents), task.timestep)
         events: list[dict[str, Any]] = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     return events
 

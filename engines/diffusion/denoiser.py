@@ -1,7 +1,8 @@
-"""The UNet of a sampling loop: texts bound once for a batch, then one call per step.
+"""The UNet of a sampling loop: texts are bound once per batch, then every step is one call.
 
-On the CPU the graph is specialised for the loop (see `synthkit.engines.diffusion.denoising_graph`);
-elsewhere it runs as it is. Tensors here are torch's, as diffusers' schedulers take and give them.
+On the CPU the UNet runs as a conditioning graph and a denoising graph (see
+`synthkit.engines.diffusion.denoising_graph`), elsewhere as it is. Tensors are torch's, as diffusers'
+schedulers take and return them.
 """
 
 from __future__ import annotations
@@ -15,38 +16,41 @@ import numpy as np
 from synthkit.engines.runtime.session import OrtSession, Session, open_session
 from synthkit.engines.tensorrt.session import TensorRtSession
 
-Step = Callable[[Any, float], Any]
-"""(float32 latents [n, channels, side, side], timestep) -> the guided output, float32 of that shape."""
+Predict = Callable[[Any, float], Any]
+"""(float32 latents [n, channels, side, side], timestep) -> the UNet's guided output, float32, same shape."""
 
 
 class Denoiser:
-    """A UNet that is ready for loops with guidance, or for loops without.
+    """A UNet for sampling loops, either with guidance or without.
 
     Args:
-        step: computes out_sample.
-        guided: whether its loops have guidance.
-        prelude: makes the step's further inputs out of the texts; the step then doubles the batch itself.
-            None: the texts are these inputs.
+        unet: the session that computes out_sample, of a denoising graph or of a whole UNet.
+        guided: the loops have classifier-free guidance.
+        conditioning: the session that precomputes the denoising graph's further inputs from the texts; the
+            denoising graph then doubles the batch itself. None: `unet` is a whole UNet and takes the texts.
+
+    Attributes:
+        guided: as above.
     """
 
-    def __init__(self, step: Session, guided: bool, prelude: Session | None = None) -> None:
-        self._step, self.guided, self._prelude = step, guided, prelude
+    def __init__(self, unet: Session, guided: bool, conditioning: Session | None = None) -> None:
+        self._unet, self.guided, self._conditioning = unet, guided, conditioning
 
     @property
     def device(self) -> str:
-        """Where latents lie best, as torch names it."""
+        """The device that latents should lie on, as torch names it."""
         import torch
 
-        on_gpu = isinstance(self._step, (OrtSession, TensorRtSession)) and self._step.device == "cuda"
+        on_gpu = isinstance(self._unet, (OrtSession, TensorRtSession)) and self._unet.device == "cuda"
         return "cuda" if on_gpu and torch.cuda.is_available() else "cpu"
 
     @property
     def precision(self) -> str:
-        """NumPy's name of the type that the UNet computes in."""
-        return next(spec.dtype for spec in self._step.inputs if spec.name == "sample")
+        """Element type of the UNet's input, by NumPy's name."""
+        return next(spec.dtype for spec in self._unet.inputs if spec.name == "sample")
 
-    def bind(self, texts: Mapping[str, np.ndarray], shape: Sequence[int], guidance: float) -> Step:
-        """Fix the texts of a batch.
+    def bind(self, texts: Mapping[str, np.ndarray], shape: Sequence[int], guidance: float) -> Predict:
+        """Fix the texts of a batch and return the function that each step calls.
 
         Args:
             texts: the UNet's inputs beside sample and timestep: [n, ...], or [2n, ...] with the unconditional
@@ -55,40 +59,41 @@ class Denoiser:
             guidance: the guidance scale.
 
         Raises:
-            EngineError: something does not fit the UNet; or, in a step, the runtime fails.
+            EngineError: something does not fit the UNet; or, in a call, the runtime fails.
         """
         import torch
 
         device, halves = self.device, 2 if self.guided else 1
-        given = run_typed(self._prelude, texts) if self._prelude else texts
-        own = shape[0] if self._prelude else shape[0] * halves
+        given = run_typed(self._conditioning, texts) if self._conditioning else texts
+        own = shape[0] if self._conditioning else shape[0] * halves
         sizes = {"sample": (own, *shape[1:]), "timestep": ()}
         inputs = {
             spec.name: torch.empty(sizes[spec.name], dtype=getattr(torch, spec.dtype), device=device)
             if spec.name in sizes
             else torch.from_numpy(given[spec.name]).to(device, getattr(torch, spec.dtype)).contiguous()
-            for spec in self._step.inputs
+            for spec in self._unet.inputs
         }
-        kind = getattr(torch, self._step.outputs[0].dtype)
+        kind = getattr(torch, self._unet.outputs[0].dtype)
         output = torch.empty((shape[0] * halves, *shape[1:]), dtype=kind, device=device)
-        compute = _bound(self._step, inputs, {"out_sample": output}, device)
+        compute = _bound(self._unet, inputs, {"out_sample": output}, device)
 
-        def step(latents: Any, time: float) -> Any:
+        def predict(latents: Any, time: float) -> Any:
             inputs["sample"].view(-1, *shape).copy_(latents)  # into both halves where there are two
             inputs["timestep"].fill_(time)
             compute()
             if not self.guided:
-                return output.to(torch.float32, copy=True)  # schedulers keep it, the next step overwrites it
+                # Schedulers keep it, and the next call overwrites the buffer.
+                return output.to(torch.float32, copy=True)
             without, within = output.float().chunk(2)
             return (within - without).mul_(guidance).add_(without)
 
-        return step
+        return predict
 
     def close(self) -> None:
-        """Give the engines' memory back."""
-        self._step.close()
-        if self._prelude:
-            self._prelude.close()
+        """Free the engines' memory."""
+        self._unet.close()
+        if self._conditioning:
+            self._conditioning.close()
 
 
 def open_denoiser(path: Path, provider: str, guided: bool, threads: int | None = None) -> Denoiser:
@@ -97,7 +102,7 @@ def open_denoiser(path: Path, provider: str, guided: bool, threads: int | None =
     Args:
         path: the ONNX file.
         provider: "cpu", "cuda" or "tensorrt".
-        guided: whether its loops have guidance.
+        guided: the loops have guidance.
         threads: threads of one operator on the CPU; None: all.
 
     Raises:
@@ -105,18 +110,18 @@ def open_denoiser(path: Path, provider: str, guided: bool, threads: int | None =
     """
     if provider != "cpu":
         return Denoiser(open_session(path, provider), guided)
-    from synthkit.engines.diffusion.denoising_graph import loop_graphs
+    from synthkit.engines.diffusion.denoising_graph import split_unet
 
-    graphs = loop_graphs(path, guided)
-    prelude, step = (
+    graphs = split_unet(path, guided)
+    conditioning, denoising = (
         open_session(model.SerializeToString(), provider, path.parent, threads)
-        for model in (graphs.prelude, graphs.step)
+        for model in (graphs.conditioning, graphs.denoising)
     )
-    return Denoiser(step, guided, prelude)
+    return Denoiser(denoising, guided, conditioning)
 
 
 def open_decoder(path: Path, provider: str, threads: int | None = None) -> Session:
-    """Load a VAE decoder in ONNX Runtime, with its upsamplings split where that pays; see `open_denoiser`."""
+    """Load a VAE decoder in ONNX Runtime; on the CPU with its upsamplings rewritten. See `open_denoiser`."""
     if provider != "cpu":
         return open_session(path, provider)
     from synthkit.engines.diffusion.denoising_graph import decoder_graph
@@ -127,7 +132,7 @@ def open_decoder(path: Path, provider: str, threads: int | None = None) -> Sessi
 def _bound(
     session: Session, inputs: Mapping[str, Any], outputs: Mapping[str, Any], device: str
 ) -> Callable[[], None]:
-    """Running the session on tensors, without copies where it can be tied to them."""
+    """Function that runs the session on tensors, without copies where the session can bind them."""
     import torch
 
     if isinstance(session, (OrtSession, TensorRtSession)) and session.device == device:
@@ -150,7 +155,7 @@ def _bound(
 
 
 def run_typed(session: Session, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Every output, with the inputs in the types that the graph takes, and without those it does not read."""
+    """Run a session on inputs cast to the graph's types; inputs that the graph does not have are left out."""
     typed = {
         spec.name: feeds[spec.name].astype(spec.dtype, copy=False)
         for spec in session.inputs

@@ -1,18 +1,19 @@
-"""A UNet's graph for a sampling loop: the same function, less work in each step. Knows ONNX, no runtime.
+"""A UNet's graph rewritten for the sampling loop: the same function with less work per step.
 
-    encoder_hidden_states ──prelude, once per batch──► keys, values, … ┐
-    sample, timestep ─────────────► step, once per step ───────────────┴─► out_sample
+    encoder_hidden_states ──conditioning graph, once per batch──► keys, values, … ┐
+    sample, timestep ─────────────► denoising graph, once per step ───────────────┴─► out_sample
 
-Three rewrites; each leaves a graph as it is where it does not find its pattern:
+Three rewrites. Each leaves the graph as it is where its pattern does not occur:
 
-- what depends on neither sample nor timestep moves into the prelude (loop-invariant code motion);
-- under guidance the halves of the doubled batch differ by their text alone, so that what comes before the
-  first text is computed once and doubled there;
-- a nearest-neighbour upsampling before a 3x3 convolution becomes four 2x2 convolutions of the small image, by
-  adding up the weights that meet the same pixel: 4/9 of the multiplications.
+- Nodes that depend on neither sample nor timestep move into the conditioning graph, whose outputs are
+  precomputed for the whole loop (loop-invariant code motion).
+- Under guidance the two halves of the doubled batch differ by their text alone. Nodes before the first text
+  input compute one half, which is doubled where the text comes in.
+- A nearest-neighbour upsampling by 2 before a padded 3x3 convolution becomes four 2x2 convolutions of the
+  small image, with the weights that meet the same pixel added up: 4/9 of the multiplications.
 
-An image's result depends on that image alone, as before; some sums run in another order, so that it agrees
-with the plain graph to rounding.
+An image's result still depends on that image alone. Some sums run in another order, so results agree with
+those of the plain graph to rounding. This module knows ONNX and no runtime.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -30,25 +30,32 @@ from synthkit.errors import EngineError
 
 _VARYING = ("sample", "timestep")
 _NUMBERS = (TensorProto.FLOAT, TensorProto.FLOAT16)
+# (coordinate_transformation_mode, nearest_mode) of a Resize by 2 that reads input pixel i // 2 for output i.
+_FLOOR_OF_HALF = {
+    (b"asymmetric", b"floor"),
+    (b"asymmetric", b"round_prefer_floor"),
+    (b"half_pixel", b"round_prefer_floor"),
+    (b"half_pixel", b"round_prefer_ceil"),
+}
 
 
 @dataclass(frozen=True)
-class LoopGraphs:
+class SplitUnet:
     """A UNet as two models.
 
     Attributes:
-        prelude: text inputs -> `carried`.
-        step: sample [n], timestep, `carried` [2n under guidance] -> out_sample [2n under guidance].
-        carried: names of the tensors that go from the one to the other.
+        conditioning: text inputs [n, or 2n under guidance] -> `precomputed`.
+        denoising: sample [n], timestep, `precomputed` -> out_sample [n, or 2n under guidance].
+        precomputed: names of the tensors that go from the one to the other.
     """
 
-    prelude: onnx.ModelProto
-    step: onnx.ModelProto
-    carried: tuple[str, ...]
+    conditioning: onnx.ModelProto
+    denoising: onnx.ModelProto
+    precomputed: tuple[str, ...]
 
 
-def loop_graphs(path: Path, guided: bool) -> LoopGraphs:
-    """Rewrite a UNet for a sampling loop.
+def split_unet(path: Path, guided: bool) -> SplitUnet:
+    """Rewrite a UNet as a conditioning graph and a denoising graph.
 
     Args:
         path: the ONNX file; weights in external files stay there, but for those that are rewritten.
@@ -59,21 +66,21 @@ def loop_graphs(path: Path, guided: bool) -> LoopGraphs:
     """
     graph = _Graph(_load(path), path.parent)
     _split_upsamplings(graph)
-    prelude, carried = _take_prelude(graph)
+    conditioning, precomputed = _cut_conditioning(graph)
     if guided:
-        _double_late(graph, carried)
-    return LoopGraphs(prelude, graph.finished(), carried)
+        _double_at_text(graph, precomputed)
+    return SplitUnet(conditioning, graph.to_model(), precomputed)
 
 
 def decoder_graph(path: Path) -> onnx.ModelProto:
-    """A VAE decoder with its upsamplings split.
+    """Rewrite the upsamplings of a VAE decoder.
 
     Raises:
         EngineError: the file is broken.
     """
     graph = _Graph(_load(path), path.parent)
     _split_upsamplings(graph)
-    return graph.finished()
+    return graph.to_model()
 
 
 def _load(path: Path) -> onnx.ModelProto:
@@ -84,30 +91,32 @@ def _load(path: Path) -> onnx.ModelProto:
 
 
 class _Graph:
-    """An ONNX graph, and what is known of its tensors: their types, who makes them, who reads them."""
+    """An ONNX graph with lookup tables: type, producer and readers of every tensor."""
 
     def __init__(self, model: onnx.ModelProto, folder: Path) -> None:
         self.model, self.folder = model, folder
         self.nodes: list[onnx.NodeProto] = list(model.graph.node)
         self.weights = {tensor.name: tensor for tensor in model.graph.initializer}
-        self.types = _inferred(model)
+        self.outputs = {tensor.name for tensor in model.graph.output}
+        self.types = _infer_types(model)
         self.refresh()
 
     def refresh(self) -> None:
-        """Read the nodes again after they were changed."""
+        """Rebuild the tables after a change of the nodes."""
         self.producer = {name: node for node in self.nodes for name in node.output}
         self.readers: dict[str, list[onnx.NodeProto]] = {}
         for node in self.nodes:
             for name in set(node.input):
                 self.readers.setdefault(name, []).append(node)
 
-    def only_reader(self, node: onnx.NodeProto | None, kind: str) -> onnx.NodeProto | None:
-        """The node of this kind that alone reads another's result."""
-        readers = self.readers.get(node.output[0], []) if node is not None else []
-        return readers[0] if len(readers) == 1 and readers[0].op_type == kind else None
+    def only_reader(self, node: onnx.NodeProto, kind: str) -> onnx.NodeProto | None:
+        """The one reader of a node's result, if it is of this operator and the result is no graph output."""
+        readers = self.readers.get(node.output[0], [])
+        alone = len(readers) == 1 and node.output[0] not in self.outputs
+        return readers[0] if alone and readers[0].op_type == kind else None
 
     def value(self, name: str) -> np.ndarray | None:
-        """A constant's value; None of a tensor that is computed."""
+        """Value of a constant; None for a computed tensor."""
         if name in self.weights:
             return np.asarray(numpy_helper.to_array(self.weights[name], base_dir=str(self.folder)))
         node = self.producer.get(name)
@@ -115,33 +124,35 @@ class _Graph:
             return None
         return np.asarray(numpy_helper.to_array(node.attribute[0].t))
 
-    def elements(self, name: str) -> int:
+    def element_type(self, name: str) -> int:
         """The ONNX element type of a tensor."""
         return int(self.types[name].tensor_type.elem_type)
 
     def add_weight(self, name: str, value: np.ndarray) -> str:
-        """A new initializer; gives its name."""
+        """Add an initializer and return its name."""
         self.weights[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
         return name
 
     def replace(self, old: Iterable[onnx.NodeProto], new: Sequence[onnx.NodeProto]) -> None:
-        """Put new nodes in the place of the last of some old ones."""
+        """Remove the old nodes and insert the new ones where the last of the old ones stood."""
         gone = {id(node) for node in old}
         place = max(index for index, node in enumerate(self.nodes) if id(node) in gone)
         after = [node for node in self.nodes[place + 1 :] if id(node) not in gone]
         self.nodes = [node for node in self.nodes[:place] if id(node) not in gone] + [*new, *after]
         self.refresh()
 
-    def reached(self, names: Iterable[str]) -> set[str]:
-        """The tensors that depend on some others, these among them."""
-        found = set(names)
+    def dependents(self, names: Iterable[str]) -> set[str]:
+        """The given tensors and all that depend on them."""
+        dependents = set(names)
         for node in self.nodes:  # in topological order, as ONNX demands
-            if found.intersection(node.input):
-                found.update(node.output)
-        return found
+            if dependents.intersection(node.input):
+                dependents.update(node.output)
+        return dependents
 
-    def part(self, nodes: Sequence[onnx.NodeProto], inputs: list[Any], outputs: list[Any]) -> onnx.ModelProto:
-        """A model of some of the nodes, with the weights that they read."""
+    def submodel(
+        self, nodes: Sequence[onnx.NodeProto], inputs: list[Any], outputs: list[Any]
+    ) -> onnx.ModelProto:
+        """Model of some of the nodes with the weights that they read."""
         read = {name for node in nodes for name in node.input}
         weights = [tensor for name, tensor in self.weights.items() if name in read]
         body = helper.make_graph(nodes, self.model.graph.name, inputs, outputs, weights)
@@ -149,25 +160,25 @@ class _Graph:
             body, opset_imports=self.model.opset_import, ir_version=self.model.ir_version
         )
 
-    def info(self, name: str) -> onnx.ValueInfoProto:
-        """A tensor as an input or output of a model, open in the batch."""
+    def value_info(self, name: str) -> onnx.ValueInfoProto:
+        """Declaration of a tensor as a model's input or output, with a dynamic batch axis."""
         kind = self.types[name].tensor_type
         sizes = [dim.dim_value or f"{name}/axis{axis}" for axis, dim in enumerate(kind.shape.dim)]
         if kind.elem_type in _NUMBERS:
             sizes[0] = "texts"
         return helper.make_tensor_value_info(name, kind.elem_type, sizes)
 
-    def finished(self) -> onnx.ModelProto:
-        """The model of the nodes as they are now."""
-        return self.part(self.nodes, list(self.model.graph.input), list(self.model.graph.output))
+    def to_model(self) -> onnx.ModelProto:
+        """Model of the current nodes."""
+        return self.submodel(self.nodes, list(self.model.graph.input), list(self.model.graph.output))
 
 
-def _inferred(model: onnx.ModelProto) -> dict[str, onnx.TypeProto]:
-    """Type of every tensor; inference copies the model, so the weights' content is left out."""
+def _infer_types(model: onnx.ModelProto) -> dict[str, onnx.TypeProto]:
+    """Type of every tensor. Inference copies the model, so the weights' content is left out."""
     bare = onnx.ModelProto()
     bare.CopyFrom(model)
     for tensor in bare.graph.initializer:
-        if tensor.data_type != TensorProto.INT64:  # int64 ones may say of a shape what it is
+        if tensor.data_type != TensorProto.INT64:  # int64 constants may be shapes, which inference reads
             tensor.ClearField("raw_data")
             tensor.data_location = TensorProto.EXTERNAL
     graph = onnx.shape_inference.infer_shapes(bare).graph
@@ -175,15 +186,14 @@ def _inferred(model: onnx.ModelProto) -> dict[str, onnx.TypeProto]:
 
 
 def _split_upsamplings(graph: _Graph) -> None:
-    """Resize by 2 and a 3x3 convolution become four 2x2 convolutions and DepthToSpace."""
+    """Replace a Resize by 2 and its 3x3 convolution by four 2x2 convolutions and DepthToSpace."""
     for resize in [node for node in graph.nodes if node.op_type == "Resize"]:
         conv = graph.only_reader(resize, "Conv")
-        scales = graph.value(resize.input[2]) if len(resize.input) > 2 else None
-        doubled = scales is not None and scales.tolist() == [1, 1, 2, 2]
-        if conv is None or not doubled or not _nearest(resize) or not _three_by_three(conv):
+        if conv is None or not _repeats_each_pixel(graph, resize):
             continue
         weight = graph.value(conv.input[1])
-        assert weight is not None  # of every convolution in a diffusion network
+        if weight is None or not _is_padded_3x3(conv, weight):
+            continue
         corners = [
             _corner(graph, resize.input[0], conv, weight, row, column) for row in (0, 1) for column in (0, 1)
         ]
@@ -201,9 +211,10 @@ def _split_upsamplings(graph: _Graph) -> None:
 def _corner(
     graph: _Graph, small: str, conv: onnx.NodeProto, weight: np.ndarray, row: int, column: int
 ) -> onnx.NodeProto:
-    """The convolution of the output pixels with this parity of row and column.
+    """The convolution that computes the output pixels with this parity of row and column.
 
-    Pixel 2i reads the small image at i - 1 (first tap) and i (the other two), 2i + 1 at i and i + 1.
+    Output pixel 2i reads the small image at i - 1 (first tap) and i (the other two), 2i + 1 at i (the first
+    two) and i + 1.
     """
     wide = weight.astype(np.float64)
     for axis, odd in ((2, row), (3, column)):
@@ -216,44 +227,59 @@ def _corner(
     return helper.make_node("Conv", inputs, [name], name, kernel_shape=[2, 2], pads=pads)
 
 
-def _nearest(resize: onnx.NodeProto) -> bool:
-    settings = {one.name: one.s for one in resize.attribute}
-    return bool(settings.get("mode", b"nearest") == b"nearest")
+def _repeats_each_pixel(graph: _Graph, resize: onnx.NodeProto) -> bool:
+    """True for a nearest-neighbour Resize of images by 2 whose output pixel i is input pixel i // 2."""
+    scales = graph.value(resize.input[2]) if len(resize.input) > 2 else None
+    given = {one.name: helper.get_attribute_value(one) for one in resize.attribute}
+    mode = given.get("mode", b"nearest")
+    rounding = (
+        given.get("coordinate_transformation_mode", b"half_pixel"),
+        given.get("nearest_mode", b"round_prefer_floor"),
+    )
+    doubles = scales is not None and scales.tolist() == [1, 1, 2, 2] and "axes" not in given
+    return doubles and mode == b"nearest" and rounding in _FLOOR_OF_HALF
 
 
-def _three_by_three(conv: onnx.NodeProto) -> bool:
-    wanted = {
-        "kernel_shape": [3, 3],
-        "pads": [1, 1, 1, 1],
-        "strides": [1, 1],
-        "dilations": [1, 1],
-        "group": 1,
-    }
-    return all(helper.get_attribute_value(one) == wanted[one.name] for one in conv.attribute)
+def _is_padded_3x3(conv: onnx.NodeProto, weight: np.ndarray) -> bool:
+    """True for a 3x3 convolution of stride 1 with one zero around the image, ONNX's defaults filled in.
+
+    Automatic padding does not count, also where it comes to the same.
+    """
+    given = {one.name: helper.get_attribute_value(one) for one in conv.attribute}
+    automatic = given.pop("auto_pad", b"NOTSET") != b"NOTSET"
+    defaults = {"pads": [0, 0, 0, 0], "strides": [1, 1], "dilations": [1, 1], "group": 1}
+    wanted = defaults | {"pads": [1, 1, 1, 1], "kernel_shape": [3, 3]}
+    return not automatic and defaults | {"kernel_shape": list(weight.shape[2:])} | given == wanted
 
 
-def _take_prelude(graph: _Graph) -> tuple[onnx.ModelProto, tuple[str, ...]]:
-    """Cut out what is the same in every step; what it hands over becomes the graph's inputs."""
+def _cut_conditioning(graph: _Graph) -> tuple[onnx.ModelProto, tuple[str, ...]]:
+    """Move the nodes that give the same in every step into a model of their own.
+
+    The tensors that the rest reads of them become inputs of the rest.
+
+    Returns:
+        The conditioning graph and the names of these tensors.
+    """
     inputs = {tensor.name: tensor for tensor in graph.model.graph.input}
-    varying = graph.reached(_VARYING)
-    fixed = graph.reached(set(inputs) - set(_VARYING)) - varying
-    early = [node for node in graph.nodes if fixed.intersection(node.output)]
-    late = [node for node in graph.nodes if not fixed.intersection(node.output)]
-    carried = tuple(sorted({name for node in late for name in node.input if name in fixed}))
-    needed = _ancestors(graph, early)
+    varying = graph.dependents(_VARYING)
+    constant = graph.dependents(set(inputs) - set(_VARYING)) - varying
+    once = [node for node in graph.nodes if constant.intersection(node.output)]
+    per_step = [node for node in graph.nodes if not constant.intersection(node.output)]
+    precomputed = tuple(sorted({name for node in per_step for name in node.input if name in constant}))
+    needed = _with_constants(graph, once)
     texts = [tensor for name, tensor in inputs.items() if name not in _VARYING]
-    prelude = graph.part(needed, texts, [graph.info(name) for name in carried])
-    graph.nodes = late
+    conditioning = graph.submodel(needed, texts, [graph.value_info(name) for name in precomputed])
+    graph.nodes = per_step
     del graph.model.graph.input[:]
     graph.model.graph.input.extend(
-        [inputs[name] for name in _VARYING] + [graph.info(name) for name in carried]
+        [inputs[name] for name in _VARYING] + [graph.value_info(name) for name in precomputed]
     )
     graph.refresh()
-    return prelude, carried
+    return conditioning, precomputed
 
 
-def _ancestors(graph: _Graph, nodes: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:
-    """Nodes with all constants that they read, in order."""
+def _with_constants(graph: _Graph, nodes: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:
+    """The nodes and the Constant nodes that they read, in the graph's order."""
     wanted = {name for node in nodes for name in (*node.input, *node.output)}
     own = {id(node) for node in nodes}
     return [
@@ -263,16 +289,16 @@ def _ancestors(graph: _Graph, nodes: Sequence[onnx.NodeProto]) -> list[onnx.Node
     ]
 
 
-def _double_late(graph: _Graph, carried: Sequence[str]) -> None:
+def _double_at_text(graph: _Graph, precomputed: Sequence[str]) -> None:
     """Double the batch where tensors of the sample first meet the text."""
-    late = graph.reached(carried)
-    batched = graph.reached(["sample"]) - late
-    doubling = _Doubling(graph, batched)
+    of_both = graph.dependents(precomputed)
+    of_sample = graph.dependents(["sample"]) - of_both
+    doubling = _Doubling(graph, of_sample)
     nodes: list[onnx.NodeProto] = []
     for node in graph.nodes:
-        if late.intersection(node.output):
-            inputs = [doubling.of(name) for name in node.input]
-            nodes += doubling.take()
+        if of_both.intersection(node.output):
+            inputs = [doubling.doubled(name) for name in node.input]
+            nodes += doubling.take_nodes()
             node = _with_inputs(node, inputs)
         nodes.append(node)
     graph.nodes = nodes
@@ -288,9 +314,13 @@ def _with_inputs(node: onnx.NodeProto, inputs: Sequence[str]) -> onnx.NodeProto:
 
 
 class _Doubling:
-    """Doubled forms of tensors, each made once.
+    """Doubles tensors along the batch, each once.
 
-    Numbers are repeated along the batch; shapes are computed again from shapes with twice the batch.
+    Numbers are repeated. Shapes are computed again from shapes with twice the batch.
+
+    Args:
+        graph: whose tensors.
+        batched: names of those that have the sample's batch.
     """
 
     def __init__(self, graph: _Graph, batched: set[str]) -> None:
@@ -298,13 +328,13 @@ class _Doubling:
         self._made: dict[str, str] = {}
         self._new: list[onnx.NodeProto] = []
 
-    def take(self) -> list[onnx.NodeProto]:
-        """The nodes made since the last call."""
+    def take_nodes(self) -> list[onnx.NodeProto]:
+        """The nodes that were added since the last call."""
         new, self._new = self._new, []
         return new
 
-    def of(self, name: str) -> str:
-        """The doubled form's name."""
+    def doubled(self, name: str) -> str:
+        """Name of the doubled tensor, or the same name where it has no batch."""
         if name not in self._batched:
             return name
         if name not in self._made:
@@ -314,19 +344,19 @@ class _Doubling:
 
     def _make(self, name: str, doubled: str) -> None:
         node = self._graph.producer.get(name)
-        if node is None or self._graph.elements(name) in _NUMBERS:
+        if node is None or self._graph.element_type(name) in _NUMBERS:
             self._new.append(helper.make_node("Concat", [name, name], [doubled], doubled, axis=0))
         elif node.op_type == "Shape":
             self._make_shape(node.input[0], doubled)
         else:
-            copy = _with_inputs(node, [self.of(one) for one in node.input])
+            copy = _with_inputs(node, [self.doubled(one) for one in node.input])
             del copy.output[:]
             copy.output.append(doubled)
             copy.name = doubled
             self._new.append(copy)
 
     def _make_shape(self, name: str, doubled: str) -> None:
-        """The shape of a tensor with twice its batch, whatever its rank."""
+        """Shape of a tensor of any rank with twice its batch."""
         whole, batch, rest, twice = (f"{doubled}/{part}" for part in ("whole", "batch", "rest", "twice"))
         zero, one, two, end = (
             self._graph.add_weight(f"{doubled}/{value}", np.array([value])) for value in (0, 1, 2, 2**31 - 1)

@@ -141,14 +141,14 @@ def _engine_outputs(
 
 
 def _loop_output(path: Path, feeds: dict[str, np.ndarray]) -> np.ndarray:
-    """The UNet's output by a step of the sampling loop; at guidance 1 the unconditional half falls out."""
+    """The UNet's output as the sampling loop computes it; at guidance 1 the unconditional half cancels."""
     import torch
 
     denoiser = open_denoiser(path, "cpu", guided=True)
     given = {name: value for name, value in feeds.items() if name not in ("sample", "timestep")}
     texts = {name: np.concatenate([value[::-1], value]) for name, value in given.items()}
-    step = denoiser.bind(texts, feeds["sample"].shape, guidance=1.0)
-    output: np.ndarray = step(torch.from_numpy(feeds["sample"]), float(feeds["timestep"])).numpy()
+    predict = denoiser.bind(texts, feeds["sample"].shape, guidance=1.0)
+    output: np.ndarray = predict(torch.from_numpy(feeds["sample"]), float(feeds["timestep"])).numpy()
     denoiser.close()
     return output
 

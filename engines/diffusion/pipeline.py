@@ -257,7 +257,7 @@ class EnginePipeline:
 
         denoiser = self.prepare(float(np.max(guidance)))
         scales = torch.tensor(guidance, dtype=torch.float32, device=denoiser.device).reshape(-1, 1, 1, 1)
-        step = denoiser.bind(self._texts(embeddings, denoiser.guided), latents.shape, scales)
+        predict = denoiser.bind(self._texts(embeddings, denoiser.guided), latents.shape, scales)
         scheduler, extra = self._new_scheduler(seeds)
         scheduler.set_timesteps(steps)
         noise = torch.from_numpy(latents).to(denoiser.device)
@@ -268,7 +268,7 @@ class EnginePipeline:
             clean = torch.from_numpy(start.latents).to(denoiser.device)
             state = scheduler.add_noise(clean, noise, times[:1].repeat(len(clean)))
         for time in times:
-            output = step(scheduler.scale_model_input(state, time), float(time))
+            output = predict(scheduler.scale_model_input(state, time), float(time))
             state = scheduler.step(output, time, state, **extra, return_dict=False)[0]
         return np.asarray(state.cpu().numpy(), dtype=np.float32)
 

@@ -24,8 +24,8 @@ _CHECKPOINT_EVERY = 200
 
 
 @dataclass(frozen=True)
-class Denoiser:
-    """What is trained here: both networks in one module, so that one EMA and one checkpoint hold them."""
+class TrainableParts:
+    """The networks to train, UNet and text encoder, in one module: one EMA and one checkpoint hold both."""
 
     networks: torch.nn.ModuleDict
     tokenizer: CLIPTokenizerFast
@@ -37,7 +37,7 @@ class Denoiser:
         return DiffusionParts(self.tokenizer, chosen["text_encoder"], chosen["unet"], None, self.scheduler)
 
 
-def new_denoiser(tokenizer: CLIPTokenizerFast) -> Denoiser:
+def new_parts(tokenizer: CLIPTokenizerFast) -> TrainableParts:
     """Untrained networks: a UNet of 2.5 M parameters on 8x8x6 latents and a text encoder of two layers."""
     unet = UNet2DConditionModel(
         sample_size=8,
@@ -53,7 +53,7 @@ def new_denoiser(tokenizer: CLIPTokenizerFast) -> Denoiser:
     )
     unet = unet.to(memory_format=torch.channels_last)  # a tenth faster on a CPU
     networks = torch.nn.ModuleDict({"unet": unet, "text_encoder": new_text_encoder(tokenizer)})
-    return Denoiser(networks, tokenizer, DDPMScheduler.from_config(new_scheduler().config))
+    return TrainableParts(networks, tokenizer, DDPMScheduler.from_config(new_scheduler().config))
 
 
 def new_scheduler() -> DDIMScheduler:
@@ -101,15 +101,15 @@ def train_denoiser(
         The exponential moving average of the networks, without a VAE.
     """
     torch.manual_seed(0)  # of the initial weights
-    denoiser = new_denoiser(tokenizer)
-    ema = ModelEmaV3(denoiser.networks, decay=0.999, use_warmup=True)
-    optimizer = torch.optim.AdamW(denoiser.networks.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.99))
-    checkpoint, modules = folder / "denoiser.safetensors", {"networks": denoiser.networks, "ema": ema.module}
+    trained = new_parts(tokenizer)
+    ema = ModelEmaV3(trained.networks, decay=0.999, use_warmup=True)
+    optimizer = torch.optim.AdamW(trained.networks.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.99))
+    checkpoint, modules = folder / "denoiser.safetensors", {"networks": trained.networks, "ema": ema.module}
     start = load_checkpoint(checkpoint, modules, optimizer)
     ids, nothing = _unique_ids(tokenizer, captions), token_ids(tokenizer, [""])[0]
     if not start:
-        teach_to_read(denoiser.networks["text_encoder"], ids, symbols)
-        ema.module.load_state_dict(denoiser.networks.state_dict())
+        teach_to_read(trained.networks["text_encoder"], ids, symbols)
+        ema.module.load_state_dict(trained.networks.state_dict())
     bar = trange(start, steps, initial=start, total=steps, desc="denoiser", mininterval=2)
     for step in bar:
         generator = step_generator(2, step)
@@ -117,17 +117,17 @@ def train_denoiser(
         picked = torch.randint(len(latents), (batch_size,), generator=generator)
         prompts = ids[picked]
         prompts[torch.rand(batch_size, generator=generator) < _NO_CAPTION] = nothing
-        embeddings = denoiser.networks["text_encoder"](prompts).last_hidden_state
-        loss = noise_prediction_loss(denoiser.parts(), latents[picked], embeddings, generator)
+        embeddings = trained.networks["text_encoder"](prompts).last_hidden_state
+        loss = noise_prediction_loss(trained.parts(), latents[picked], embeddings, generator)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(denoiser.networks.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained.networks.parameters(), 1.0)
         optimizer.step()
-        ema.update(denoiser.networks, step=step)
+        ema.update(trained.networks, step=step)
         bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
         if (step + 1) % _CHECKPOINT_EVERY == 0 or step + 1 == steps:
             save_checkpoint(checkpoint, step + 1, modules, optimizer)
-    return denoiser.parts(ema.module.eval().requires_grad_(False))
+    return trained.parts(ema.module.eval().requires_grad_(False))
 
 
 def _unique_ids(tokenizer: CLIPTokenizerFast, captions: Sequence[str]) -> torch.Tensor:
