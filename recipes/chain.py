@@ -199,7 +199,7 @@ class Chain:
         made = (self.workspace.student, self.workspace.adapted)
         if any(classifier.is_relative_to(folder.resolve()) for folder in made):
             raise ConfigError(
-                f"--classifier {self.settings.filter.classifier} is made by this very run from the set that "
+                f"[filter] classifier = {self.settings.filter.classifier!r} is made by this very run from the set that "
                 "it would judge; give a student of another workspace, or CLIP"
             )
 

@@ -168,21 +168,21 @@ def check_settings(settings: TrainSettings) -> None:
     share, parts = settings.real_share, settings.accumulate
     batches = {settings.batch_size, min(settings.batch_size, _REAL_BATCH)}
     problems = [
-        (share is not None and not 0 < share < 1, f"--real-share {share}: must lie between 0 and 1"),
-        (settings.real_weight > 1, f"--real-weight {settings.real_weight}: must be at most 1"),
+        (share is not None and not 0 < share < 1, f"[train] real_share = {share}: must lie between 0 and 1"),
+        (settings.real_weight > 1, f"[train] real_weight = {settings.real_weight}: must be at most 1"),
         (
             not 0 < settings.layer_decay <= 1,
-            f"--layer-decay {settings.layer_decay}: must be above 0 and at most 1",
+            f"[train] layer_decay = {settings.layer_decay}: must be above 0 and at most 1",
         ),
-        (settings.ema >= 1, f"--ema {settings.ema}: must be below 1, for example 0.99"),
+        (settings.ema >= 1, f"[train] ema = {settings.ema}: must be below 1, for example 0.99"),
         (
             parts > 1 and any(size % (2 * parts) for size in batches),
-            f"--accumulate {parts}: batches of {' and '.join(map(str, sorted(batches)))} images cannot be "
+            f"[train] accumulate = {parts}: batches of {' and '.join(map(str, sorted(batches)))} images cannot be "
             "cut into so many equal parts of two images or more",
         ),
         (
             settings.procedure == "mixed-auxbn" and settings.batch_size % 2,
-            f"--batch-size {settings.batch_size}: mixed-auxbn takes half of each kind, so it must be even",
+            f"[train] batch_size = {settings.batch_size}: mixed-auxbn takes half of each kind, so it must be even",
         ),
     ]
     if found := [text for wrong, text in problems if wrong]:
@@ -286,7 +286,7 @@ def _held_out(
     if fewest < 2 * count:
         log.warning(
             "train: no photos are held out and the last weights are kept, since %s has %d photos; "
-            "--held-out %d takes %d of each class",
+            "train.held_out = %d takes %d of each class",
             *(name, fewest, count, 2 * count),
         )
         return material, None

@@ -30,8 +30,8 @@ def tiny_epsilon_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_engines(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The engines of `tiny_model`; tests that change files copy the folder first."""
-    from synthkit.recipes.build_engines import build_engines
     from synthkit.recipes.settings import EngineSettings
+    from tests.stages import build_engines
 
     out = tmp_path_factory.mktemp("engines") / "tiny-v"
     return build_engines(EngineSettings(model=str(tiny_model)), out).out

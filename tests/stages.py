@@ -38,7 +38,7 @@ def learn_style(settings: StyleSettings, model: str, photos: ImageSet, out: Path
     return run_stage(LearnStyle(settings, model, photos, out))
 
 
-def generation(
+def generate_stage(
     settings: GenerateSettings,
     engines: Path,
     words: Mapping[str, str | Sequence[str]],
@@ -60,15 +60,15 @@ def generate(
     force: bool = False,
     **more: Any,
 ) -> StageResult:
-    return run_stage(generation(settings, engines, words, style, out, **more), force=force)
+    return run_stage(generate_stage(settings, engines, words, style, out, **more), force=force)
 
 
-def training(settings: TrainSettings, material: Material, out: Path) -> Train:
+def train_stage(settings: TrainSettings, material: Material, out: Path) -> Train:
     return Train(settings, out, material.synthetic, material.photos)
 
 
 def train(settings: TrainSettings, material: Material, out: Path, force: bool = False) -> StageResult:
-    return run_stage(training(settings, material, out), force=force)
+    return run_stage(train_stage(settings, material, out), force=force)
 
 
 def adapt(
@@ -78,6 +78,15 @@ def adapt(
 
 
 def export(
-    student: Path, out: Path, photos: ImageSet | None = None, settings: ExportSettings | None = None, **more: Any
+    student: Path,
+    out: Path,
+    photos: ImageSet | None = None,
+    settings: ExportSettings | None = None,
+    **more: Any,
 ) -> StageResult:
     return run_stage(Export(settings or ExportSettings(), student, out, Images(photos=photos, **more)))
+
+
+def given(*settings: str) -> list[str]:
+    """The words of a command line that give settings: "section.name=value" each."""
+    return [word for setting in settings for word in ("--set", setting)]

@@ -10,8 +10,8 @@ import pytest
 @pytest.fixture(scope="session")
 def half_engines(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The ONNX engines of `tiny_model` in half precision; tests that change files copy the folder first."""
-    from synthkit.recipes.build_engines import build_engines
     from synthkit.recipes.settings import EngineSettings
+    from tests.stages import build_engines
 
     out = tmp_path_factory.mktemp("engines") / "tiny-half"
     settings = EngineSettings(model=str(tiny_model), backend="onnxruntime", precision="fp16", opset=17)

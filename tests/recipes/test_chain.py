@@ -18,19 +18,24 @@ pytest.importorskip("onnxruntime")
 from PIL import Image
 
 from synthkit.cli import main
+from synthkit.config import Given
 from synthkit.engines.bundle.format import Bundle
 from synthkit.learning.students import load_student, new_student
-from synthkit.recipes.chain import Workspace, remembered_model
+from synthkit.recipes.chain import ChainSettings, Workspace
 from synthkit.recipes.settings import EngineSettings
 from tests.tiny_models import tiny_sdxl
 from tests.tiny_students import colour_folders
 
 COLOURS = ("blue", "green", "red")
 STAGES = ["build-engines", "learn-style", "generate", "train", "adapt", "export"]
-QUICK = (
-    "--per-class 4 --style-steps 3 --init-word the --generate-steps 2 --epochs 1 --adapt-steps 4 "
-    "--real-steps 4 --train-batch-size 6 --style-batch-size 4 --student test_resnet"
-).split()
+QUICK = ["--per-class", "4", "--student", "test_resnet"] + [
+    word
+    for setting in (
+        "learn-style.steps=3 learn-style.init_word=the learn-style.batch_size=4 generate.steps=2 "
+        "train.epochs=1 train.real_steps=4 train.batch_size=6 adapt.adapt_steps=4"
+    ).split()
+    for word in ("--set", setting)
+]
 
 
 @dataclass(frozen=True)
@@ -116,12 +121,13 @@ def test_a_second_run_does_no_work_and_says_so(site: Site) -> None:
 def test_an_unchanged_stage_is_skipped_on_its_own_too(site: Site) -> None:
     before = site.files()
     commands: list[list[str | Path]] = [
-        ["learn-style", "--steps", "3", "--init-word", "the", "--batch-size", "4"],
+        ["learn-style", "--steps", "3"],
         ["generate", "--per-class", "4", "--steps", "2"],
-        ["train", "--epochs", "1", "--real-steps", "4", "--batch-size", "6", "--student", "test_resnet"],
+        ["train", "--epochs", "1", "--student", "test_resnet"],
     ]
+    more = "learn-style.init_word=the learn-style.batch_size=4 train.real_steps=4 train.batch_size=6".split()
     for words in commands:
-        result = site.call(*words, "--json")
+        result = site.call(*words, *(word for setting in more for word in ("--set", setting)), "--json")
         assert result.exit_code == 0, result.stderr
         answer = json.loads(result.stdout)
         assert answer.get("written", 0) == 0 and answer["skipped"], words[0]
@@ -132,9 +138,11 @@ def test_a_dry_run_plans_and_does_nothing(site: Site, tiny_model: Path, tmp_path
     before = site.files()
     plan = site.adapt("--dry-run")["plan"]
     assert plan == dict.fromkeys(STAGES, "unchanged")
-    plan = site.adapt("--dry-run", "--epochs", "2")["plan"]
-    assert plan["generate"] == "unchanged" and plan["train"] == "changed: epochs"
+    plan = site.adapt("--dry-run", "--set", "train.epochs=2")["plan"]
+    assert plan["generate"] == "unchanged" and plan["train"] == "changed: train.epochs"
     assert plan["adapt"] == plan["export"] == "follows"
+    plan = site.adapt("--dry-run", "--force")["plan"]
+    assert plan == dict.fromkeys(STAGES[:4], "unchanged") | {"adapt": "forced", "export": "follows"}
     assert site.files() == before
     shutil.rmtree(site.workspace)
     plan = site.adapt("--dry-run", "--model", tiny_model)["plan"]
@@ -156,14 +164,14 @@ def test_a_renamed_photo_redoes_nothing(site: Site) -> None:
 
 
 def test_a_setting_redoes_its_stage_and_what_follows(site: Site) -> None:
-    assert done(site.adapt("--adapt-steps", "3")) == STAGES[4:]
+    assert done(site.adapt("--set", "adapt.adapt_steps=3")) == STAGES[4:]
 
 
 def test_adapt_and_generate_filter_alike(site: Site) -> None:
-    filters = ["--filter", "blank,leak", "--test-dir", site.root / "test"]
+    filters = ["--set", "filter.filter=blank,leak", "--test-dir", site.root / "test"]
     assert done(site.adapt(*filters)) == ["generate"]  # nothing was rejected, so the student stays
     manifest = json.loads((site.workspace / "synthetic" / "manifest.json").read_text("utf-8"))
-    assert manifest["config"]["filters"]["filter"] == "blank,leak"
+    assert manifest["settings"]["filter"]["filter"] == "blank,leak"
     again = site.call("generate", "--per-class", "4", "--steps", "2", *filters, "--json")
     assert json.loads(again.stdout)["written"] == 0
     assert site.adapt("--dry-run")["plan"]["generate"].startswith("changed")
@@ -172,12 +180,15 @@ def test_adapt_and_generate_filter_alike(site: Site) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--filter", "leak"], "give them with --test-dir"),
-        (["--filter", "class", "--classifier", "w/student"], "is made by this very run"),
+        (["--set", "filter.filter=leak"], "give them with --test-dir"),
+        (
+            ["--set", "filter.filter=class", "--set", "filter.classifier=w/student"],
+            "is made by this very run",
+        ),
         (["--path", "lst-1"], "no path 'lst-1'; did you mean last-1"),
-        (["--layers", "1", "--path", "last-2"], "differ; give one of them"),
-        (["--template", "a {words:photo}"], "cannot be read"),
-        (["--real-share", "2"], "--real-share 2.0: must lie between 0 and 1"),
+        (["--set", "adapt.layers=1", "--path", "last-2"], "differ; give one of them"),
+        (["--set", "generate.template=a {words:photo}"], "cannot be read"),
+        (["--set", "train.real_share=2"], "real_share = 2.0: must lie between 0 and 1"),
         (["--weights", "nowhere"], "no weights nowhere"),
     ],
 )
@@ -186,7 +197,7 @@ def test_what_a_later_stage_would_refuse_is_refused_before_any_work(
 ) -> None:
     shutil.rmtree(site.workspace)
     (site.root / "w" / "student").mkdir(parents=True)
-    given = [str(site.root / one) if one.startswith("w/") else one for one in words]
+    given = [one.replace("=w/", f"={site.root}/w/") for one in words]
     for more in ([], ["--dry-run"]):
         refused = site.call("adapt", *QUICK, "--model", tiny_model, *given, *more)
         assert refused.exit_code == 1 and message in refused.stderr, refused.stderr
@@ -215,12 +226,12 @@ def test_without_synthetic_images_the_photos_alone_count(site: Site, tmp_path: P
     shutil.rmtree(site.workspace)
     weights = tmp_path / "weights"
     new_student("test_resnet", ("x", "y"), image_size=32).save(weights)
-    answer = site.adapt("--no-synth", "--weights", weights, "--layers", "1")
+    answer = site.adapt("--no-synth", "--weights", weights, "--set", "adapt.layers=1")
     assert done(answer) == STAGES[4:] and answer["path"] == "last-1"
     assert not (site.workspace / "engines").exists()
-    assert site.adapt("--no-synth", "--weights", weights, "--layers", "1")["seconds"] == 0
-    plan = site.adapt("--no-synth", "--weights", weights, "--layers", "2", "--dry-run")["plan"]
-    assert plan == {"adapt": "changed: adapt", "export": "follows"}
+    assert site.adapt("--no-synth", "--weights", weights, "--set", "adapt.layers=1")["seconds"] == 0
+    plan = site.adapt("--no-synth", "--weights", weights, "--set", "adapt.layers=2", "--dry-run")["plan"]
+    assert plan == {"adapt": "changed: adapt.layers", "export": "follows"}
 
 
 def test_a_trained_student_replaces_the_stages_before_adapt(site: Site) -> None:
@@ -233,9 +244,8 @@ def test_a_trained_student_replaces_the_stages_before_adapt(site: Site) -> None:
     assert adapted.head.weight.equal(given.head.weight)
 
 
-def engines(site: Site, **flags: Any) -> EngineSettings:
-    settings = EngineSettings(**{name: value for name, value in flags.items() if value is not None})
-    return remembered_model(settings, Workspace(site.workspace), flags)
+def engines(site: Site, **given: Any) -> EngineSettings:
+    return ChainSettings.from_given(Given({"build-engines": given}), Workspace(site.workspace)).engines
 
 
 def test_the_workspace_remembers_its_engines(

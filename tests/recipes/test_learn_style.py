@@ -26,8 +26,9 @@ from synthkit.data.images import ImageSet
 from synthkit.diffusion import parts as diffusion
 from synthkit.diffusion import style_token as style
 from synthkit.errors import ConfigError, ModelError
-from synthkit.recipes.learn_style import cluster_token, learn_style, learn_style_request
+from synthkit.recipes.learn_style import LearnStyle, cluster_token
 from synthkit.recipes.settings import StyleSettings
+from tests.stages import given, key, learn_style
 from tests.tiny_models import IMAGE, WIDTH, tiny_sdxl
 
 SETTINGS = StyleSettings(init_word="the", steps=3, batch_size=2, checkpoint_every=2)
@@ -48,7 +49,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> ImageSet:
 
 
 def learn(tiny_model: Path, photos: ImageSet, out: Path, **changes: Any) -> StageResult:
-    return learn_style(replace(SETTINGS, **changes), str(tiny_model), photos, WORDS, out)
+    return learn_style(replace(SETTINGS, **changes), str(tiny_model), photos, out)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -135,7 +136,7 @@ def test_the_control_is_one_flag(tiny_model: Path, photos: ImageSet, tmp_path: P
     token, other = (style.load(one.out / "learned_embeds.safetensors") for one in (done, learned))
     assert token.token == other.token and token.vectors.shape == (2, WIDTH)
     metrics = done.manifest.metrics
-    assert done.manifest.config["control"] is True and metrics["loss_first"] is None
+    assert done.manifest.settings["learn-style"]["control"] is True and metrics["loss_first"] is None
     assert metrics["tokens"][0]["steps"] == 0 and metrics["tokens"][0]["photos"] == 10
     several = learn(tiny_model, photos, tmp_path / "several", control=True, clusters=2)
     one, two = style.load_all(several.out / "learned_embeds.safetensors")
@@ -157,13 +158,12 @@ def test_previews_show_one_image_of_each_word_over_the_steps(
     assert (plain.out / token).read_bytes() == (done.out / token).read_bytes(), "looking changes nothing"
 
 
-def test_checkpoints_belong_to_the_key_where_they_decide(tiny_model: Path, photos: ImageSet) -> None:
-    def key(**changes: Any) -> str:
-        settings = replace(SETTINGS, **changes)
-        return learn_style_request(settings, str(tiny_model), photos, WORDS, Path("style")).key
+def test_what_decides_the_style_and_what_does_not(tiny_model: Path, photos: ImageSet) -> None:
+    def of(**changes: Any) -> str:
+        return key(LearnStyle(replace(SETTINGS, **changes), str(tiny_model), photos, Path("style")))
 
-    assert key(checkpoint_every=5) == key(checkpoint_every=7)
-    assert key(checkpoint_every=5, early_stop=1) != key(checkpoint_every=7, early_stop=1)
+    assert of(device="auto") == of(device="cpu")
+    assert len({of(), of(seed=1), of(early_stop=1), of(early_stop=1, checkpoint_every=7)}) == 4
 
 
 def test_early_stop_writes_the_held_out_losses(tiny_model: Path, photos: ImageSet, tmp_path: Path) -> None:
@@ -208,7 +208,8 @@ def workspace(tmp_path: Path, tiny_engines: Path) -> Iterator[Path]:
 
 
 def call(workspace: Path, photos: ImageSet, *words: str) -> tuple[int, str, str]:
-    usual = ["--init-word", "the", "--steps", "2", "--batch-size", "2", "--real-dir", str(photos.root)]
+    usual = ["--steps", "2", "--real-dir", str(photos.root)]
+    usual += given("learn-style.init_word=the", "learn-style.batch_size=2")
     arguments = ["--quiet", "--workspace", str(workspace), "learn-style", *usual, *words]
     result = CliRunner().invoke(main, arguments)
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
@@ -220,8 +221,8 @@ def call(workspace: Path, photos: ImageSet, *words: str) -> tuple[int, str, str]
     [
         (["--clusters", "11"], "11 clusters were asked for, but there are 10 photos that differ"),
         (["--clusters", "0"], "clusters = 0: must be at least 1"),
-        (["--early-stop", "-1"], "early_stop = -1: must be at least 0"),
-        (["--accumulate", "0"], "accumulate = 0: must be at least 1"),
+        (["--set", "learn-style.early_stop=-1"], "early_stop = -1: must be at least 0"),
+        (["--set", "learn-style.accumulate=0"], "accumulate = 0: must be at least 1"),
     ],
 )
 def test_bad_settings_are_one_line(workspace: Path, photos: ImageSet, words: list[str], message: str) -> None:
@@ -241,7 +242,7 @@ def test_the_command_tells_of_each_token(workspace: Path, photos: ImageSet) -> N
         "<site-style>",
         "<site-style-2>",
     ]
-    code, out, _ = call(workspace, photos, "--control")
+    code, out, _ = call(workspace, photos, "--set", "learn-style.control=true")
     assert code == 0 and "10 photos, untrained" in out
     manifest = read_manifest(workspace / "style")
-    assert manifest is not None and manifest.config["control"] is True
+    assert manifest is not None and manifest.settings["learn-style"]["control"] is True

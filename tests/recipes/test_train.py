@@ -15,13 +15,13 @@ pytest.importorskip("timm")
 import torch
 from PIL import Image
 
-from synthkit.artifacts import SYNTHETIC
 from synthkit.data.images import ImageSet
 from synthkit.errors import ConfigError, DataError, ModelError
 from synthkit.learning import fit as training
-from synthkit.learning.students import load_student
+from synthkit.learning.students import SYNTHETIC, load_student
 from synthkit.recipes.settings import TrainSettings
-from synthkit.recipes.train import Material, synthetic_steps, train, train_request
+from synthkit.recipes.train import Material, synthetic_steps
+from tests.stages import key, train, train_stage
 from tests.tiny_students import CLASSES, colour_folders, lively_student, noise
 
 SETTINGS = TrainSettings(student="test_resnet", epochs=2, real_steps=3, batch_size=8)
@@ -71,22 +71,22 @@ def test_an_unchanged_stage_is_skipped_and_forced(made: Path, material: Material
 
 
 def test_what_changes_the_student_redoes_it(made: Path, material: Material, tmp_path: Path) -> None:
-    key = train_request(SETTINGS, material, made).key
+    usual = key(train_stage(SETTINGS, material, made))
     others = ImageSet.scan(colour_folders(tmp_path / "other", CLASSES, each=2, seed=5))
     lively_student().save(tmp_path / "weights")
     given = replace(SETTINGS, weights=str(tmp_path / "weights"))
-    requests = [
-        train_request(replace(SETTINGS, seed=1), material, made),
-        train_request(replace(SETTINGS, epochs=3), material, made),
-        train_request(SETTINGS, replace(material, photos=others), made),
-        train_request(SETTINGS, replace(material, synthetic=others), made),
-        train_request(SETTINGS, replace(material, synthetic=None), made),
-        train_request(given, material, made),
-    ]
+    keys = {
+        key(train_stage(replace(SETTINGS, seed=1), material, made)),
+        key(train_stage(replace(SETTINGS, epochs=3), material, made)),
+        key(train_stage(SETTINGS, replace(material, photos=others), made)),
+        key(train_stage(SETTINGS, replace(material, synthetic=others), made)),
+        key(train_stage(SETTINGS, replace(material, synthetic=None), made)),
+        key(train_stage(given, material, made)),
+    }
     lively_student(seed=1).save(tmp_path / "weights")
-    requests.append(train_request(given, material, made))
-    assert len({key, *(one.key for one in requests)}) == 8
-    assert train_request(SETTINGS, material, tmp_path / "elsewhere").key == key
+    keys.add(key(train_stage(given, material, made)))
+    assert len({usual, *keys}) == 8
+    assert key(train_stage(SETTINGS, material, tmp_path / "elsewhere")) == usual
 
 
 class Interrupted(Exception):

@@ -16,17 +16,17 @@ pytest.importorskip("timm")
 
 import torch
 
-from synthkit.artifacts import SYNTHETIC
 from synthkit.cli import main
 from synthkit.data.images import ImageSet
 from synthkit.errors import ConfigError
 from synthkit.learning import fit as training
 from synthkit.learning.fit import Examples, FitSettings
 from synthkit.learning.mixed_batches import Blend
-from synthkit.learning.students import load_student
+from synthkit.learning.students import SYNTHETIC, load_student
 from synthkit.recipes.procedures import BRIDGED, PROCEDURES
 from synthkit.recipes.settings import TrainSettings
-from synthkit.recipes.train import Material, train, train_request
+from synthkit.recipes.train import Material
+from tests.stages import given, key, train, train_stage
 from tests.tiny_students import CLASSES, colour_folders, lively_student
 
 SETTINGS = TrainSettings(student="test_resnet", epochs=2, real_steps=3, batch_size=8)
@@ -154,12 +154,12 @@ def test_what_a_procedure_needs_is_named(
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"real_share": 1.0}, "--real-share 1.0: must lie between 0 and 1"),
-        ({"real_weight": 1.5}, "--real-weight 1.5: must be at most 1"),
-        ({"layer_decay": 0.0}, "--layer-decay 0.0: must be above 0"),
-        ({"ema": 1.0}, "--ema 1.0: must be below 1"),
-        ({"accumulate": 3}, "--accumulate 3: batches of 8 images cannot be cut"),
-        ({"procedure": "mixed-auxbn", "batch_size": 7}, "--batch-size 7: mixed-auxbn"),
+        ({"real_share": 1.0}, "real_share = 1.0: must lie between 0 and 1"),
+        ({"real_weight": 1.5}, "real_weight = 1.5: must be at most 1"),
+        ({"layer_decay": 0.0}, "layer_decay = 0.0: must be above 0"),
+        ({"ema": 1.0}, "ema = 1.0: must be below 1"),
+        ({"accumulate": 3}, "accumulate = 3: batches of 8 images cannot be cut"),
+        ({"procedure": "mixed-auxbn", "batch_size": 7}, "batch_size = 7: mixed-auxbn"),
     ],
 )
 def test_values_out_of_range_are_refused(
@@ -169,12 +169,8 @@ def test_values_out_of_range_are_refused(
         train(replace(SETTINGS, **changes), material, tmp_path / "student")
 
 
-def test_an_option_that_is_off_leaves_the_key_as_it_was(material: Material, tmp_path: Path) -> None:
-    """Folders made before an option existed are not made again."""
-    request = train_request(SETTINGS, material, tmp_path)
-    assert set(request.config) == set(
-        "student pretrained image_size epochs real_steps lr batch_size mixup seed".split()
-    )
+def test_every_setting_but_the_device_counts(material: Material, tmp_path: Path) -> None:
+    usual = key(train_stage(SETTINGS, material, tmp_path))
     changes: list[dict[str, Any]] = [
         {"procedure": "joint"},
         {"real_share": 0.4},
@@ -188,9 +184,9 @@ def test_an_option_that_is_off_leaves_the_key_as_it_was(material: Material, tmp_
         {"amp": True},
         {"accumulate": 2},
     ]
-    keys = [train_request(replace(SETTINGS, **one), material, tmp_path).key for one in changes]
-    assert len({request.key, *keys}) == len(changes) + 1
-    assert train_request(replace(SETTINGS, device="cpu"), material, tmp_path).key == request.key
+    keys = [key(train_stage(replace(SETTINGS, **one), material, tmp_path)) for one in changes]
+    assert len({usual, *keys}) == len(changes) + 1
+    assert key(train_stage(replace(SETTINGS, device="cpu"), material, tmp_path)) == usual
 
 
 def test_the_student_does_not_depend_on_names_and_order_of_the_files(
@@ -228,7 +224,7 @@ def test_too_few_photos_hold_nothing_out_and_say_so(
     train(replace(SETTINGS, held_out=2), material, tmp_path / "student")
     assert [len(lesson) for _, lesson, _ in runs] == [12, 6]
     assert "no photos are held out and the last weights are kept, since" in caplog.text
-    assert "has 2 photos; --held-out 2 takes 4 of each class" in caplog.text
+    assert "has 2 photos; train.held_out = 2 takes 4 of each class" in caplog.text
 
 
 def call(workspace: Path, *words: str | Path) -> Any:
@@ -240,17 +236,20 @@ def folders(material: Material) -> list[str | Path]:
     return ["--synth-dir", material.synthetic.root, "--real-dir", material.photos.root]
 
 
-QUICK = "--student test_resnet --epochs 1 --real-steps 2 --batch-size 8".split()
+QUICK = "--student test_resnet --epochs 1 --set train.real_steps=2 --set train.batch_size=8".split()
 
 
 def test_the_command_takes_procedure_and_options(material: Material, tmp_path: Path) -> None:
-    options = "--procedure joint --real-weight 0.7 --opt sgd --schedule cosine --layer-decay 0.8 --ema 0.5 "
-    options += "--augment rand-m5 --amp --accumulate 2 --held-out 1 --device cpu"
-    result = call(tmp_path / "w", *folders(material), *QUICK, *options.split(), "--json")
+    settings = (
+        "real_weight=0.7 opt=sgd schedule=cosine layer_decay=0.8 ema=0.5 augment=rand-m5 amp=true "
+        "accumulate=2 held_out=1 device=cpu"
+    )
+    options = ["--procedure", "joint", *given(*(f"train.{one}" for one in settings.split()))]
+    result = call(tmp_path / "w", *folders(material), *QUICK, *options, "--json")
     assert result.exit_code == 0, result.stderr
     answer = json.loads(result.stdout)
     assert answer["mixed_steps"] == 4 and load_student(tmp_path / "w/student").classes
-    again = call(tmp_path / "w", *folders(material), *QUICK, *options.split())
+    again = call(tmp_path / "w", *folders(material), *QUICK, *options)
     assert (
         "joint: 0 steps on 12 synthetic, 0 on 6 real images, 4 on both (unchanged, skipped)" in again.stdout
     )
@@ -266,7 +265,7 @@ def test_the_same_image_in_two_classes_is_refused_by_name(tmp_path: Path) -> Non
 
 
 def test_a_learning_rate_that_blows_up_ends_in_one_line(material: Material, tmp_path: Path) -> None:
-    result = call(tmp_path / "w", *folders(material), *QUICK, "--lr", "1e30")
+    result = call(tmp_path / "w", *folders(material), *QUICK, *given("train.lr=1e30"))
     assert result.exit_code == 1 and result.stderr.strip().count("\n") == 0, result.stderr
     assert "with a peak learning rate of 1e+30; lower it" in result.stderr
     assert not (tmp_path / "w/student").exists()

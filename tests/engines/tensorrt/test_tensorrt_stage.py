@@ -20,8 +20,9 @@ from synthkit.engines.tensorrt.plan_cache import find_plans, read_sidecar
 from synthkit.engines.tensorrt.session import open_plan
 from synthkit.errors import ConfigError, EngineError
 from synthkit.recipes import build_engines as recipe
-from synthkit.recipes.build_engines import build_engines, build_engines_request, engine_list, preview_plans
+from synthkit.recipes.build_engines import BuildEngines, engine_list, preview_plans
 from synthkit.recipes.settings import EngineSettings
+from tests.stages import build_engines, key
 from tests.tensorrt_behaviour import install
 
 ONNX = ("text_encoder", *PLANNED)
@@ -72,7 +73,7 @@ def test_plans_stand_beside_the_onnx_files(
         assert read_sidecar(plan)["precision_check"] == entry["precision_check"]
         assert entry["path"] in result.manifest.outputs
         assert open_plan(out, entry["component"]).provider == "tensorrt"
-    assert result.manifest.config["machine"]["tensorrt"] == "10.3.0"
+    assert result.manifest.resolved["machine"]["tensorrt"] == "10.3.0"
     assert [path.name for path in (tmp_path / "cache").glob("*.timing")] == ["stand-in-gpu_10.3.0_8.7.timing"]
     again = build_engines(wanted, out)
     assert again.skipped and all(cached(again)) and len(exported) == 1
@@ -82,9 +83,9 @@ def test_what_changes_the_stage(tiny_model: Path, tmp_path: Path, monkeypatch: p
     install(monkeypatch, "10")
     out = tmp_path / "engines"
     base = settings(tiny_model, tmp_path)
-    key = build_engines_request(base, out).key
+    usual = key(BuildEngines(base, out))
     for same in ({"low_memory": True}, {"cache_dir": None}):
-        assert build_engines_request(replace(base, **same), out).key == key, same
+        assert key(BuildEngines(replace(base, **same), out)) == usual, same
     changes: list[dict[str, Any]] = [
         {"batch": "1:2:5"},
         {"precision": "fp32"},
@@ -98,13 +99,13 @@ def test_what_changes_the_stage(tiny_model: Path, tmp_path: Path, monkeypatch: p
         {"trt_version_compatible": True},
         {"backend": "onnxruntime"},
     ]
-    keys = {build_engines_request(replace(base, **change), out).key for change in changes}
+    keys = {key(BuildEngines(replace(base, **change), out)) for change in changes}
     install(monkeypatch, "11")
-    keys.add(build_engines_request(base, out).key)
-    assert len(keys | {key}) == len(changes) + 2
-    without = build_engines_request(replace(base, backend="onnxruntime"), out)
-    assert without.key == build_engines_request(replace(base, backend="onnxruntime", trt_level=1), out).key
-    assert without.config["precision"] == "fp32"
+    keys.add(key(BuildEngines(base, out)))
+    assert len(keys | {usual}) == len(changes) + 2
+    without = BuildEngines(replace(base, backend="onnxruntime"), out)
+    assert key(without) == key(BuildEngines(replace(base, backend="onnxruntime", trt_level=1), out))
+    assert without.key().resolved["precision"] == "fp32"
 
 
 def test_plans_that_still_fit_are_taken_over(

@@ -24,11 +24,12 @@ from synthkit.learning.fit import Examples, FitSettings, fit
 from synthkit.learning.students import Student, load_student, new_student
 from synthkit.recipes.adaptation import selection as path_choice
 from synthkit.recipes.adaptation import strategies as paths
-from synthkit.recipes.adaptation.adapt import adapt, adapt_request, describe
+from synthkit.recipes.adaptation.adapt import Adapt, describe
 from synthkit.recipes.adaptation.selection import Verdict, choose_path
 from synthkit.recipes.adaptation.strategies import FULL, PATHS, Site, Start
 from synthkit.recipes.settings import AdaptSettings, TrainSettings
-from synthkit.recipes.train import Material, train
+from synthkit.recipes.train import Material
+from tests.stages import adapt, key, train
 from tests.tiny_students import colour_folders
 
 COLOURS = ("blue", "green", "red")
@@ -312,15 +313,15 @@ def test_the_number_of_threads_changes_no_answer(trained: Path, photos: ImageSet
 def test_what_changes_the_result_redoes_it(
     good: Student, trained: Path, photos: ImageSet, tmp_path: Path
 ) -> None:
-    def key(settings: AdaptSettings = SETTINGS, dir: Path = trained, images: ImageSet = photos) -> str:
-        return adapt_request(settings, TRAINING, dir, images, tmp_path / "adapted").key
+    def of(settings: AdaptSettings = SETTINGS, dir: Path = trained, images: ImageSet = photos) -> str:
+        return key(Adapt(settings, TRAINING, dir, images, tmp_path / "adapted"))
 
     student = saved(good, tmp_path / "student")
     others = scan(tmp_path / "others", 2, 5)
-    keys = [key(), key(replace(SETTINGS, seed=1)), key(replace(SETTINGS, layers="2")), key(images=others)]
-    keys.append(key(dir=student))
+    keys = [of(), of(replace(SETTINGS, seed=1)), of(replace(SETTINGS, layers="2")), of(images=others)]
+    keys.append(of(dir=student))
     saved(permuted(good), student)
-    assert len({*keys, key(dir=student)}) == 6
+    assert len({*keys, of(dir=student)}) == 6
 
 
 def test_without_synthetic_images_a_weights_folder_is_the_start(
@@ -334,9 +335,9 @@ def test_without_synthetic_images_a_weights_folder_is_the_start(
     assert "unchanged" not in scores and scores["last-1"] > 0.8
     forced = adapt(replace(SETTINGS, layers="1"), settings, None, photos, tmp_path / "head")
     assert moved(forced.out, weights) == {"fc.weight", "fc.bias"}
-    keys = [adapt_request(SETTINGS, settings, None, photos, tmp_path / "adapted").key]
+    keys = [key(Adapt(SETTINGS, settings, None, photos, tmp_path / "adapted"))]
     saved(permuted(good), weights)
-    keys.append(adapt_request(SETTINGS, settings, None, photos, tmp_path / "adapted").key)
+    keys.append(key(Adapt(SETTINGS, settings, None, photos, tmp_path / "adapted")))
     assert len(set(keys)) == 2
 
 

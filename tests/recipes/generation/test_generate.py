@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,13 @@ from click.testing import CliRunner
 from PIL import Image
 
 from benchmarks.generation import contents
-from synthkit.artifacts import fingerprint, read_manifest, write_bytes
+from synthkit.artifacts import fingerprint, write_bytes
 from synthkit.cli import main
 from synthkit.diffusion import style_token as style_files
 from synthkit.errors import ConfigError, EngineError
-from synthkit.recipes.generation.generate import Screening, generate, generate_request
 from synthkit.recipes.generation.plan import image_seed
 from synthkit.recipes.settings import FilterSettings, GenerateSettings
+from tests.stages import generate, generate_stage, key
 
 pytest.importorskip("onnxruntime")
 CLASSES = {"b": "letter b", "ä x": "letter a"}
@@ -113,11 +114,11 @@ def test_what_filters_reject_is_drawn_again_or_left_out(
 ) -> None:
     filters = _Refusing()
     monkeypatch.setattr("synthkit.recipes.generation.generate.fit_filters", lambda *_: filters)
-    screening = Screening(FilterSettings(filter="blank", retries=1))
+    strict = FilterSettings(filter="blank", retries=1)
     results = []
     for name, batch in (("one", 20), ("two", 3)):
         settings = GenerateSettings(per_class=8, steps=2, batch_size=batch)
-        results.append(generate(settings, tiny_engines, CLASSES, None, tmp_path / name, screening=screening))
+        results.append(generate(settings, tiny_engines, CLASSES, None, tmp_path / name, filters=strict))
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     metrics = results[0].manifest.metrics
     lines = [json.loads(line) for line in (tmp_path / "one" / "metadata.jsonl").read_text().splitlines()]
@@ -162,23 +163,27 @@ def test_a_full_disk_loses_nothing(
     assert (result.manifest.metrics["written"], result.manifest.metrics["skipped"]) == (3, 6)
 
 
-def test_the_key_of_usual_settings_is_that_of_earlier_versions(
-    tiny_engines: Path, tiny_style: Path, tmp_path: Path
-) -> None:
-    request = generate_request(SETTINGS, tiny_engines, CLASSES, tiny_style, tmp_path)
-    assert request.config == {"classes": CLASSES, "per_class": 5, "steps": 3, "guidance": 2.0, "seed": 0}
+def test_what_decides_the_images(tiny_engines: Path, tiny_style: Path, tmp_path: Path) -> None:
+    stage = generate_stage(SETTINGS, tiny_engines, CLASSES, tiny_style, tmp_path)
     token = style_files.load(tiny_style)
     digest = hashlib.sha256(token.token.encode() + b"\0" + token.vectors.tobytes()).hexdigest()
-    assert request.inputs == {"engines": fingerprint(tiny_engines), "style": digest}
+    assert stage.key().inputs == {"engines": fingerprint(tiny_engines), "style": digest}
+    assert stage.key().resolved == {"classes": {name: [words] for name, words in CLASSES.items()}}
+    same = replace(SETTINGS, batch_size=3, ray="local", ray_workers=2)
+    assert key(generate_stage(same, tiny_engines, CLASSES, tiny_style, tmp_path)) == key(stage)
+    off = FilterSettings(retries=7)  # no filter is on
+    assert key(replace(stage, filters=off)) == key(stage)
+    assert key(replace(stage, filters=replace(off, filter="blank"))) != key(stage)
 
 
 CHILD = """
 import sys
 from pathlib import Path
-from synthkit.recipes.generation.generate import generate
+from synthkit.artifacts import run_stage
+from synthkit.recipes.generation.generate import Generate
 from synthkit.recipes.settings import GenerateSettings
 engines, style, out = map(Path, sys.argv[1:])
-generate(GenerateSettings(per_class=60, steps=10, batch_size=2), engines, {"a": "a", "b": "b"}, style, out)
+run_stage(Generate(GenerateSettings(60, 10, batch_size=2), engines, ("a", "b"), out, style=style))
 """
 
 
@@ -208,11 +213,11 @@ def test_an_unchanged_set_is_skipped_and_changes_show(
     drawn: Path, tiny_engines: Path, tiny_style: Path
 ) -> None:
     assert generate(SETTINGS, tiny_engines, CLASSES, tiny_style, drawn).skipped
-    key = read_manifest(drawn).key  # type: ignore[union-attr]
+    usual = key(generate_stage(SETTINGS, tiny_engines, CLASSES, tiny_style, drawn))
     other = GenerateSettings(per_class=5, steps=4)
-    assert generate_request(other, tiny_engines, CLASSES, tiny_style, drawn).key != key
-    assert generate_request(SETTINGS, tiny_engines, {"b": "b"}, tiny_style, drawn).key != key
-    assert generate_request(SETTINGS, tiny_engines, CLASSES, None, drawn).key != key
+    assert key(generate_stage(other, tiny_engines, CLASSES, tiny_style, drawn)) != usual
+    assert key(generate_stage(SETTINGS, tiny_engines, {"b": "b"}, tiny_style, drawn)) != usual
+    assert key(generate_stage(SETTINGS, tiny_engines, CLASSES, None, drawn)) != usual
 
 
 def test_names_and_folders_that_cannot_be_used(tiny_engines: Path, tmp_path: Path) -> None:
@@ -257,7 +262,7 @@ def test_classes_come_from_the_photos_and_their_words_file(tiny_engines: Path, t
     flags = ["--real-dir", tmp_path / "real", "--engines", tiny_engines, "--dry-run", "--json"]
     code, out, _ = run("--workspace", tmp_path / "w", "generate", *flags)
     assert code == 0
-    assert json.loads(out)["config"]["classes"] == {"7": "digit seven", "red_fox": "red fox"}
+    assert json.loads(out)["state"] == "absent"
 
 
 @pytest.mark.parametrize(
@@ -269,14 +274,13 @@ def test_classes_come_from_the_photos_and_their_words_file(tiny_engines: Path, t
         (["--classes", "a", "--style", "absent.safetensors", "--engines", "."], "no style token"),
         (["--classes", "a", "--style", "pyproject.toml", "--engines", "."], "not a safetensors file"),
         (
-            ["--classes", "a", "--engines", ".", "--strength", "1.5"],
+            ["--classes", "a", "--engines", ".", "--set", "generate.strength=1.5"],
             "strength = 1.5: must lie between 0 and 1",
         ),
         (["--classes", "a", "--engines", ".", "--per-class", "0"], "per_class = 0: must be at least 1"),
         (["--classes", "a", "--engines", ".", "--steps", "5:2"], "steps = '5:2': must be a whole number"),
-        (["--classes", "a", "--engines", ".", "--template", "x"], "does not name the class"),
-        (["--classes", "a", "--engines", ".", "--init", "real"], "name their folder with --real-dir"),
-        (["--redo", "7/00000.png"], "lies in no synthetic set"),
+        (["--classes", "a", "--engines", ".", "--set", "generate.template=x"], "does not name the class"),
+        (["--classes", "a", "--engines", ".", "--set", "generate.init=real"], "folder with --real-dir"),
     ],
 )
 def test_bad_calls_are_one_line(tmp_path: Path, flags: list[str], message: str) -> None:

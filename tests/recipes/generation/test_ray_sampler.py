@@ -18,8 +18,8 @@ from benchmarks.generation import contents
 from synthkit.cli import main
 from synthkit.errors import EngineError
 from synthkit.recipes.generation import ray_sampler as ray_workers
-from synthkit.recipes.generation.generate import generate
 from synthkit.recipes.settings import GenerateSettings
+from tests.stages import generate
 
 CLASSES = {"a": "a", "b": "b"}
 SETTINGS = GenerateSettings(per_class=30, steps="10:11", guidance="1.5:3", batch_size=4)

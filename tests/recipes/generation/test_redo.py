@@ -16,9 +16,9 @@ from synthkit.data.images import ImageSet
 from synthkit.diffusion import style_token as style_files
 from synthkit.diffusion.style_token import StyleToken
 from synthkit.errors import DataError
-from synthkit.recipes.generation.generate import generate
 from synthkit.recipes.generation.redo import find_set, redo
 from synthkit.recipes.settings import GenerateSettings
+from tests.stages import generate
 from tests.tiny_models import WIDTH
 
 pytest.importorskip("onnxruntime")
