@@ -8,7 +8,10 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,6 @@ from PIL import Image
 from synthkit.artifacts import Manifest, read_manifest, write_bytes
 from synthkit.data.images import ImageSet
 from synthkit.errors import MissingExtra, WorkspaceError
-from synthkit.recipes.diagnostics.report_charts import Line, line_chart, smoothed
 from synthkit.recipes.generation.filter_report import rejected_images
 from synthkit.recipes.learn_style import CLUSTERS, LOSSES, PREVIEWS
 from synthkit.standalone import UnusableImage, open_image
@@ -27,6 +29,9 @@ _PLOTS = {"volume.png": "More synthetic images", "probe.png": "Where the gap sit
 _PAGE = Path(__file__).with_name("report.html")
 _CELL, _PER_ROW, _MOST_CLASSES = 56, 12, 60
 _WINDOWS = 60  # points of a loss curve
+_COLOURS = 6  # of lines, defined in the page's style sheet as --c0 to --c5
+_SVG = {"svg.fonttype": "none", "svg.hashsalt": "synthkit"}  # text as text, ids that do not change
+_NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
 def write_report(workspace: Path, photos: ImageSet | None, out: Path) -> dict[str, Any]:
@@ -271,3 +276,88 @@ def _embedded(path: Path) -> str:
 
 def _data_uri(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a chart.
+
+    Attributes:
+        name: for the legend.
+        x: positions.
+        y: values.
+        error: half the length of each error bar; empty for none.
+    """
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    error: Sequence[float] = field(default=())
+
+
+def line_chart(lines: Sequence[Line], x_label: str, y_label: str, log_x: bool = False) -> str:
+    """HTML of a chart: an SVG element in the page's own colours, light and dark, and a legend.
+
+    Args:
+        lines: with at least one point in all.
+        x_label: name and unit of the positions.
+        y_label: name and unit of the values.
+        log_x: whether positions are spaced by their logarithm; they must then be positive.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_SVG):
+        figure = Figure(figsize=(8, 3.25), layout="constrained")
+        axes = figure.subplots()
+        for number, line in enumerate(lines):
+            marker = "o" if len(line.x) < 40 else ""
+            errors = line.error or None
+            axes.errorbar(line.x, line.y, errors, color=_placeholder(number), marker=marker, markersize=4)
+        if log_x:
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(sorted({x for line in lines for x in line.x}))
+            axes.xaxis.set_major_formatter("{x:g}")
+        axes.set(xlabel=x_label, ylabel=y_label)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+        stream = io.StringIO()
+        figure.savefig(stream, format="svg", transparent=True, metadata=_NO_METADATA)
+    title = f"{escape(y_label)} over {escape(x_label)}"
+    return _in_page_colours(stream.getvalue(), title) + _legend(lines)
+
+
+def _in_page_colours(document: str, title: str) -> str:
+    """The SVG element of matplotlib's document, with the page's font and colours."""
+    svg = document[document.index("<svg ") :].replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
+    svg = re.sub(r"<style.*?</style>|font-family: [^;]*; ", "", svg).replace("#000000", "currentColor")
+    for number in range(_COLOURS):
+        svg = svg.replace(_placeholder(number), f"var(--c{number})")
+    return svg
+
+
+def _placeholder(number: int) -> str:
+    """A colour that nothing else in the chart has, in whose place the page's own is put."""
+    return f"#fedcb{number % _COLOURS}"
+
+
+def _legend(lines: Sequence[Line]) -> str:
+    names = [
+        f'<span><i class="c{number % _COLOURS}"></i>{escape(line.name)}</span>'
+        for number, line in enumerate(lines)
+    ]
+    return f'<p class="legend">{"".join(names)}</p>'
+
+
+def smoothed(values: Sequence[float], window: int) -> tuple[list[float], list[float]]:
+    """Positions and means of consecutive windows, for a curve that is noisy from step to step.
+
+    Args:
+        values: one per step, from step 1.
+        window: steps of a mean.
+    """
+    chunks = [(start, values[start : start + window]) for start in range(0, len(values), window)]
+    return (
+        [start + (len(chunk) + 1) / 2 for start, chunk in chunks],
+        [sum(chunk) / len(chunk) for _, chunk in chunks],
+    )
