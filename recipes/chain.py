@@ -199,8 +199,8 @@ class Chain:
         made = (self.workspace.student, self.workspace.adapted)
         if any(classifier.is_relative_to(folder.resolve()) for folder in made):
             raise ConfigError(
-                f"[filter] classifier = {self.settings.filter.classifier!r} is made by this very run from the set that "
-                "it would judge; give a student of another workspace, or CLIP"
+                f"[filter] classifier = {self.settings.filter.classifier!r} is made by this very run "
+                "from the set that it would judge; give a student of another workspace, or CLIP"
             )
 
     def run(self, *, force: bool = False) -> Iterator[StageResult]:

@@ -203,11 +203,21 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file's content; a file that has not been touched since is not read twice in a process."""
     real = path.resolve()
     about = real.stat()
+    if time.time_ns() - about.st_mtime_ns < _SETTLED_NS:
+        return _read_sha256(real)
     return _sha256(real, about.st_size, about.st_mtime_ns, about.st_ino)
+
+
+# A file this young may be written again without its time changing: file systems count in steps.
+_SETTLED_NS = 2_000_000_000
 
 
 @functools.lru_cache(maxsize=100_000)
 def _sha256(path: Path, _size: int, _mtime_ns: int, _inode: int) -> str:
+    return _read_sha256(path)
+
+
+def _read_sha256(path: Path) -> str:
     with path.open("rb") as stream:
         state = hashlib.sha256()  # Python 3.10 has no file_digest
         while block := stream.read(1 << 20):

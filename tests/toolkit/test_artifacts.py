@@ -1,6 +1,7 @@
 """Stage folders: skipped, redone, resumed, replaced in one step, and never lost."""
 
 import errno
+import hashlib
 import json
 import multiprocessing
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +21,39 @@ from hypothesis import strategies as st
 from synthkit import artifacts
 from synthkit.artifacts import (
     MANIFEST,
-    Request,
+    FunctionStage,
+    Key,
     StageResult,
     digest,
     fingerprint,
+    plan_stages,
     read_manifest,
     run_stage,
+    run_stages,
     stage_state,
     workspace_lock,
     write_bytes,
 )
-from synthkit.errors import WorkspaceError
+from synthkit.config import setting
+from synthkit.errors import ConfigError, WorkspaceError
 
 Produce = Callable[[Path], Mapping[str, Any]]
 
 
-def request(out: Path, **changes: Any) -> Request:
-    return Request("cook", out, changes.get("inputs", {"photos": "abc"}), changes.get("config", {"seed": 0}))
+@dataclass(frozen=True)
+class CookSettings:
+    seed: int = setting(0, "seed")
+    helpers: int = setting(1, "people in the kitchen", in_key=False)
+
+
+def never(folder: Path) -> Mapping[str, Any]:
+    raise AssertionError("the work was done again")
+
+
+def cook(out: Path, produce: Produce = never, **changes: Any) -> FunctionStage:
+    settings = changes.get("settings", CookSettings())
+    key = Key(changes.get("inputs", {"photos": "abc"}), {"cook": settings}, changes.get("resolved", {}))
+    return FunctionStage("cook", out, key, produce)
 
 
 def cooked(text: str = "soup") -> Produce:
@@ -47,12 +65,8 @@ def cooked(text: str = "soup") -> Produce:
     return produce
 
 
-def never(folder: Path) -> Mapping[str, Any]:
-    raise AssertionError("the work was done again")
-
-
 def run(out: Path, produce: Produce = never, force: bool = False, **changes: Any) -> StageResult:
-    return run_stage(request(out, **changes), produce, force=force)
+    return run_stage(cook(out, produce, **changes), force=force)
 
 
 def test_a_finished_folder_tells_how_it_was_made(tmp_path: Path) -> None:
@@ -80,22 +94,91 @@ def test_unchanged_is_skipped_and_says_so(tmp_path: Path, caplog: pytest.LogCapt
     ("changes", "state"),
     [
         ({"inputs": {"photos": "new"}}, "changed: photos"),
-        ({"config": {"seed": 1}}, "changed: seed"),
-        ({"config": {"seed": 0, "extra": 2}}, "changed: extra"),
+        ({"settings": CookSettings(seed=1)}, "changed: cook.seed"),
+        ({"resolved": {"extra": 2}}, "changed: extra"),
         ({"inputs": {}}, "changed: photos"),
     ],
 )
 def test_a_change_of_any_input_redoes(tmp_path: Path, changes: dict[str, Any], state: str) -> None:
     run(tmp_path / "out", cooked("old"))
-    assert stage_state(request(tmp_path / "out", **changes)) == state
+    assert stage_state(cook(tmp_path / "out", **changes)) == state
     assert not run(tmp_path / "out", cooked("new"), **changes).skipped
     assert (tmp_path / "out/deep/dish.txt").read_text() == "new"
 
 
-def test_another_version_of_synthkit_redoes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_version_of_the_stage_redoes_and_one_of_synthkit_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run(tmp_path / "out", cooked())
     monkeypatch.setattr("synthkit.__version__", "99")
-    assert stage_state(request(tmp_path / "out")) == "changed: synthkit's version"
+    assert stage_state(cook(tmp_path / "out")) == "unchanged"
+    monkeypatch.setattr(FunctionStage, "version", 2)
+    assert stage_state(cook(tmp_path / "out")) == "changed: the stage's version, 1 before"
+
+
+def test_a_setting_that_changes_no_result_redoes_nothing_and_is_recorded(tmp_path: Path) -> None:
+    done = run(tmp_path / "out", cooked(), settings=CookSettings(helpers=3))
+    assert done.manifest.settings == {"cook": {"seed": 0, "helpers": 3}}
+    assert run(tmp_path / "out", settings=CookSettings(helpers=7)).skipped
+
+
+def test_stages_in_a_row_are_checked_first_and_planned_with_force(tmp_path: Path) -> None:
+    made: list[str] = []
+
+    def produce(folder: Path) -> Mapping[str, Any]:
+        made.append(folder.name)
+        return {}
+
+    stages = [replace(cook(tmp_path / name, produce), name=name) for name in ("soup", "roast", "cake")]
+    assert plan_stages(stages) == {"soup": "absent", "roast": "follows", "cake": "follows"}
+    walk = run_stages(stages)
+    assert next(walk).manifest.stage == "soup" and made == [".soup.partial"], "each when it is asked for"
+    assert [one.skipped for one in walk] == [False, False]
+    assert plan_stages(stages) == dict.fromkeys(("soup", "roast", "cake"), "unchanged")
+    assert plan_stages(stages, force=["roast"]) == {"soup": "unchanged", "roast": "forced", "cake": "follows"}
+    assert [one.skipped for one in run_stages(stages, force=["roast"])] == [True, False, True]
+
+    class Refusing(FunctionStage):
+        def check(self, *, fetch: bool) -> None:
+            raise ConfigError(f"no cake, {fetch}")
+
+    late = [cook(tmp_path / "new", produce), Refusing("cake", tmp_path / "cake", Key({}), produce)]
+    for walk_or_plan in (lambda: list(run_stages(late)), lambda: plan_stages(late)):
+        with pytest.raises(ConfigError, match="no cake"):
+            walk_or_plan()
+    assert not (tmp_path / "new").exists(), "refused before the first stage ran"
+
+
+def test_previous_is_what_a_stage_may_take_over(tmp_path: Path) -> None:
+    seen: list[Path | None] = []
+
+    class Recorded(FunctionStage):
+        def run(self, work: Path, previous: Path | None) -> Mapping[str, Any]:
+            seen.append(previous)
+            return {}
+
+    for seed, force in ((0, False), (1, False), (1, True)):
+        key = Key({}, {"cook": CookSettings(seed)})
+        run_stage(Recorded("cook", tmp_path / "out", key, never), force=force)
+    assert seen == [None, tmp_path / "out", None]
+
+
+def test_a_file_is_not_read_twice_unless_it_was_touched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(b"one")
+    reads: list[Path] = []
+    read = artifacts._read_sha256
+    monkeypatch.setattr(artifacts, "_read_sha256", lambda one: reads.append(one) or read(one))
+    young = [artifacts.file_sha256(path) for _ in range(2)]
+    assert len(reads) == 2, "a young file may be written again within a tick of the clock"
+    os.utime(path, (1, 1))
+    old = [artifacts.file_sha256(path) for _ in range(3)]
+    assert len(reads) == 3 and len({*young, *old}) == 1
+    path.write_bytes(b"two")
+    os.utime(path, (2, 2))
+    assert artifacts.file_sha256(path) == hashlib.sha256(b"two").hexdigest()
 
 
 def test_force_redoes(tmp_path: Path) -> None:
@@ -122,7 +205,7 @@ def test_tampering_is_noticed(tmp_path: Path, harm: str) -> None:
         (out / "deep/dish.txt").write_text("stew")  # as long as "soup"
     else:
         (out / "deep" / ("dish.txt" if harm == "grow" else "more.txt")).write_text("stew and bread")
-    assert stage_state(request(out)) == (
+    assert stage_state(cook(out)) == (
         "absent" if harm == "manifest" else "changed: files of the folder itself"
     )
     assert not run(out, cooked()).skipped
@@ -142,12 +225,12 @@ def test_interrupted_work_is_taken_up(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "out", interrupted)
     assert not (tmp_path / "out").exists()
-    assert stage_state(request(tmp_path / "out")) == "interrupted"
+    assert stage_state(cook(tmp_path / "out")) == "interrupted"
     run(tmp_path / "out", second)
     assert (tmp_path / "out/half.txt").exists()
 
 
-@pytest.mark.parametrize("changes", [{"force": True}, {"config": {"seed": 1}}])
+@pytest.mark.parametrize("changes", [{"force": True}, {"settings": CookSettings(seed=1)}])
 def test_interrupted_work_of_other_inputs_is_not(tmp_path: Path, changes: dict[str, Any]) -> None:
     def second(folder: Path) -> Mapping[str, Any]:
         assert not (folder / "half.txt").exists()
@@ -165,7 +248,7 @@ def test_a_full_disk_leaves_the_old_folder_whole_and_the_work_done(tmp_path: Pat
 
     run(tmp_path / "out", cooked("old"))
     with pytest.raises(OSError, match="No space"):
-        run(tmp_path / "out", full, config={"seed": 1})
+        run(tmp_path / "out", full, settings=CookSettings(seed=1))
     assert run(tmp_path / "out").skipped
     assert (tmp_path / ".out.partial/half.txt").exists()
 
@@ -184,7 +267,8 @@ if where == "swap":
     rename = pathlib.Path.rename
     pathlib.Path.rename = lambda self, to: die() if self.name.endswith(".partial") else rename(self, to)
 if where == "end": pathlib.Path.unlink = die
-artifacts.run_stage(artifacts.Request("cook", out, {"photos": "abc"}, {"seed": 1}), produce)
+key = artifacts.Key({"photos": "abc"}, {}, {"seed": 1})
+artifacts.run_stage(artifacts.FunctionStage("cook", out, key, produce))
 """
 
 
@@ -201,7 +285,8 @@ def test_a_killed_run_loses_neither_the_old_folder_nor_its_work(tmp_path: Path, 
         assert (folder / "dish.txt").read_text() == "new"
         return {}
 
-    assert run(out, resumed, config={"seed": 1}).skipped == (where == "end")
+    stage = FunctionStage("cook", out, Key({"photos": "abc"}, {}, {"seed": 1}), resumed)
+    assert run_stage(stage).skipped == (where == "end")
     assert (out / "dish.txt").read_text() == "new"
 
 
@@ -230,8 +315,9 @@ def test_the_current_folder_and_links_can_be_written(tmp_path: Path, monkeypatch
 
 
 def test_the_key_knows_no_path_and_no_time(tmp_path: Path) -> None:
-    assert request(tmp_path / "a").key == request(tmp_path / "b" / "c").key
-    assert request(tmp_path).key != Request("bake", tmp_path, {"photos": "abc"}, {"seed": 0}).key
+    keys = [run(tmp_path / name, cooked()).manifest.key for name in ("a", "b")]
+    other = run_stage(replace(cook(tmp_path / "c", cooked()), name="bake")).manifest.key
+    assert keys[0] == keys[1] != other
 
 
 json_data = st.recursive(

@@ -16,12 +16,12 @@ pytest.importorskip("timm")
 
 import torch
 
-from synthkit.artifacts import SYNTHETIC, StageResult
+from synthkit.artifacts import StageResult
 from synthkit.data.images import ImageSet
 from synthkit.errors import ConfigError, DataError, ModelError
 from synthkit.learning.feature_cache import Views
 from synthkit.learning.fit import Examples, FitSettings, fit
-from synthkit.learning.students import Student, load_student, new_student
+from synthkit.learning.students import SYNTHETIC, Student, load_student, new_student
 from synthkit.recipes.adaptation import selection as path_choice
 from synthkit.recipes.adaptation import strategies as paths
 from synthkit.recipes.adaptation.adapt import Adapt, describe
