@@ -35,6 +35,7 @@ def _method_names(_context: click.Context, _option: click.Parameter, text: str) 
     "train.student",
     "train.weights",
     "train.pretrained",
+    "build-engines.model",
     "generate.per_class",
     "adapt.seed+train.seed+generate.seed+learn-style.seed",
 )

@@ -202,7 +202,7 @@ def test_a_student_that_learned_the_photos_is_judged_by_what_it_was_before(
 ) -> None:
     trained = tmp_path / "trained"
     lively_student(1, CLASSES).save(trained)
-    manifest = Manifest("train", "", {"photos": photos.digest}, {}, {}, {}, {}, 0.0)
+    manifest = Manifest("train", 1, "", {"photos": photos.digest}, {}, {}, {}, {}, {}, 0.0)
     write_json(trained / "manifest.json", vars(manifest))
     fit_filters(settings("class", trained), photos, None, WORDS)
     assert "has learned these very photos" in caplog.text

@@ -35,6 +35,7 @@ from synthkit.recipes.diagnostics.probe import (
     share,
 )
 from synthkit.recipes.settings import TrainSettings
+from tests.stages import given
 from tests.tiny_students import colour_folders, lively_student, noise
 
 COLOURS = ("blue", "green", "red")
@@ -61,7 +62,8 @@ def probe(folders: Path, tmp_path: Path) -> Probe:
 
 def call(workspace: Path, folders: Path, *words: str | Path) -> Any:
     command = ["probe", "--synth-dir", folders / "synthetic", "--real-dir", folders / "real", *words]
-    quick = ["--student", "test_resnet", "--epochs", "1", "--batch-size", "6", "--adapt-steps", "2"]
+    quick = ["--student", "test_resnet", "--epochs", "1"]
+    quick += given("train.batch_size=6", "adapt.adapt_steps=2")
     return CliRunner().invoke(main, ["--workspace", str(workspace), *map(str, command), *quick])
 
 

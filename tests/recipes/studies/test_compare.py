@@ -21,6 +21,7 @@ from synthkit.recipes.chain import Workspace
 from synthkit.recipes.studies.compare import Cell, Scores, ahead_line, markdown, paired, rows
 from synthkit.recipes.studies.digits import write_digits
 from synthkit.recipes.studies.methods import ADAPTED, BRIDGED, FEW_SHOT, PLAIN, SYNTHETIC_ONLY
+from tests.stages import given
 from tests.tiny_students import colour_folders
 
 COLOURS = ("blue", "green", "red")
@@ -30,9 +31,12 @@ COMPARED = (  # in the order of the table
     *(*TRAINED, BRIDGED, "last-1", "last-4", ADAPTED),
 )
 QUICK = [
-    *"--per-class 2 --style-steps 2 --init-word the --generate-steps 1 --epochs 1 --adapt-steps 2".split(),
-    *"--real-steps 2 --train-batch-size 6 --style-batch-size 4 --student test_resnet".split(),
-    *"--shots 1,2 --seeds 1 --seed 3 --procedure vanilla --methods".split(),
+    *"--per-class 2 --student test_resnet".split(),
+    *given(
+        *"learn-style.steps=2 learn-style.init_word=the learn-style.batch_size=4 generate.steps=1".split(),
+        *"train.epochs=1 train.real_steps=2 train.batch_size=6 adapt.adapt_steps=2".split(),
+    ),
+    *"--shots 1,2 --seeds 1 --seed 3 --set train.procedure=vanilla --methods".split(),
     ",".join(reversed(COMPARED)),
 ]
 

@@ -23,13 +23,17 @@ from synthkit.cli import main
 from synthkit.diffusion import style_token as style
 from synthkit.errors import WorkspaceError
 from synthkit.recipes.generation import sampler as drawing
+from tests.stages import given
 from tests.tiny_students import colour_folders
 
 COLOURS = ("blue", "green", "red")
-QUICK = (
-    "--per-class 4 --style-steps 3 --init-word the --generate-steps 2 --epochs 1 --adapt-steps 2 "
-    "--real-steps 2 --layers 1 --train-batch-size 6 --style-batch-size 4 --student test_resnet"
-).split()
+QUICK = [
+    *"--per-class 4 --student test_resnet --path last-1".split(),
+    *given(
+        *"learn-style.steps=3 learn-style.init_word=the learn-style.batch_size=4 generate.steps=2".split(),
+        *"train.epochs=1 train.real_steps=2 train.batch_size=6 adapt.adapt_steps=2".split(),
+    ),
+]
 
 
 @pytest.fixture
@@ -142,7 +146,7 @@ def test_unknown_names_offer_the_nearest(workspace: Path, photos: Path, tmp_path
     text = refusal(workspace, *base, "--model", tmp_path)
     assert "is not a diffusers folder" in text
     assert "no file" in refusal(workspace, *base, "--config", tmp_path / "absent.toml")
-    text = refusal(workspace, *base, "--epochs", "0", "--no-synth")
+    text = refusal(workspace, *base, "--set", "train.epochs=0", "--no-synth")
     assert "epochs = 0: must be at least 1" in text
 
 
@@ -187,6 +191,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from synthkit.artifacts import workspace_lock
+from tests.stages import given
 with workspace_lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
@@ -258,8 +263,9 @@ def test_a_full_disk_loses_nothing(
 
 
 def test_a_killed_learn_style_goes_on(workspace: Path, photos: Path, tmp_path: Path) -> None:
-    words = ["learn-style", "--real-dir", photos, "--init-word", "the", "--steps", "30", "--batch-size", "2"]
-    words += ["--checkpoint-every", "3", "--vectors", "2"]
+    words = ["learn-style", "--real-dir", photos, "--steps", "30"]
+    words += given("learn-style.init_word=the", "learn-style.batch_size=2")
+    words += given("learn-style.checkpoint_every=3", "learn-style.vectors=2")
     arguments = ["--quiet", "--workspace", workspace, *words]
     child = subprocess.Popen([sys.executable, "-m", "synthkit", *map(str, arguments)])
     checkpoint = workspace / ".style.partial" / ".inversion.safetensors"

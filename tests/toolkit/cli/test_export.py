@@ -47,7 +47,7 @@ def test_the_bundle_computes_what_the_folder_holds(workspace: Path) -> None:
 
 def test_unchanged_inputs_are_skipped_and_a_plan_does_nothing(workspace: Path) -> None:
     plan = call(workspace, "export", "--dry-run", "--json")
-    assert json.loads(plan.stdout) == {"stage": "export", "state": "absent"}
+    assert json.loads(plan.stdout) == {"stage": "export", "state": "absent", "out": str(workspace / "bundle")}
     assert not (workspace / "bundle").exists()
     assert json.loads(call(workspace, "export", "--json").stdout)["skipped"] is False
     assert "(unchanged, skipped)" in call(workspace, "export").stdout
@@ -76,7 +76,7 @@ def test_all_precisions_are_measured_and_verified(workspace: Path) -> None:
     class_folders(workspace / "test", each=3, seed=9)
     sets = ["--real-dir", "few_shots", "--synth-dir", "synthetic", "--test-dir", "test"]
     places = [one if one.startswith("--") else workspace / one for one in sets]
-    result = call(workspace, "export", *places, "--precision", "int8,fp16", "--weight-bits", "8", "--json")
+    result = call(workspace, "export", *places, "--precision", "int8,fp16", "--set", "export.weight_bits=8", "--json")
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)
     assert list(data["precisions"]) == ["fp32", "fp16", "int8"] and data["default_precision"] == "fp32"
@@ -127,7 +127,7 @@ def test_a_precision_that_costs_too_much_is_no_default(
     assert (
         verify(workspace / "bundle") == [] and Bundle.open(workspace / "bundle", "fp16").precision == "fp16"
     )
-    result = call(workspace, *arguments, "--max-drop", "3", "--json")
+    result = call(workspace, *arguments, "--set", "export.max_drop=3", "--json")
     assert result.exit_code == 0 and json.loads(result.stdout)["default_precision"] == "fp16"
     assert Bundle.open(workspace / "bundle").precision == "fp16"
 

@@ -50,7 +50,7 @@ def test_gap_looks_through_a_student_that_has_not_learned_the_photos(workspace: 
     learned = workspace / "student"
     shutil.copytree(learned, learned / "synthetic")
     inputs = {"photos": ImageSet.scan(photos).digest}
-    write_json(learned / "manifest.json", vars(Manifest("train", "", inputs, {}, {}, {}, {}, 0.0)))
+    write_json(learned / "manifest.json", vars(Manifest("train", 1, "", inputs, {}, {}, {}, {}, {}, 0.0)))
     code, out, text = call(workspace, "gap", "--real-dir", photos)
     assert code == 0, text
     assert out.splitlines()[0].endswith(str(learned / "synthetic"))

@@ -10,15 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 from click.testing import CliRunner, Result
 
 from synthkit import cli
 from synthkit.cli import COMMANDS, main, options
-from synthkit.config import setting
+from synthkit.config import gather, setting
 from synthkit.errors import DataError
 from synthkit.one_line import EXTRAS
+from synthkit.recipes.settings import SECTIONS
+from tests.project_files import ROOT
 
 Install = Callable[[Callable[..., Any]], None]
 
@@ -122,7 +123,7 @@ def test_a_package_of_an_extra_that_is_absent_is_one_line(install: Install, modu
 
 
 def test_every_extra_that_is_offered_exists() -> None:
-    text = Path(cli.__file__).parents[2].joinpath("pyproject.toml").read_text(encoding="utf-8")
+    text = ROOT.joinpath("pyproject.toml").read_text(encoding="utf-8")
     offered = text.split("[project.optional-dependencies]")[1].split("\n[")[0]
     assert all(f"\n{extra} = " in offered for extra in EXTRAS.values())
 
@@ -167,84 +168,112 @@ def test_the_workspace_reaches_the_command(install: Install, tmp_path: Path) -> 
     assert json.loads(result.stdout) == {"workspace": str(tmp_path / "mine")}
 
 
+def test_the_workspace_may_stand_after_the_command_too(install: Install, tmp_path: Path) -> None:
+    install(lambda workspace: options.Output({"workspace": workspace}, ""))
+    for words in (
+        ["verify", "--json", "--workspace", "mine"],
+        ["--workspace", "other", "verify", "--workspace", "mine", "--json"],
+    ):
+        assert json.loads(call(*words).stdout) == {"workspace": "mine"}
+    assert json.loads(call("verify", "--json").stdout) == {"workspace": "synthkit-work"}
+
+
 @pytest.fixture
-def kitchen(monkeypatch: pytest.MonkeyPatch) -> tuple[click.Command, dict[str, Any]]:
-    """A command of two stages that share names, and what it was last called with."""
+def kitchen(monkeypatch: pytest.MonkeyPatch, install: Install) -> Callable[..., dict[str, Any]]:
+    """Calls a command of two sections, and returns their settings."""
 
     @dataclasses.dataclass(frozen=True)
     class Cook:
+        """`cook`: a meal."""
+
         minutes: int = setting(10, "how long", minimum=1)
         stir: bool = setting(False, "whether to stir")
-        pot_size: int | None = setting(None, "which pot")
-        seed: int = setting(0, "of the salt")
+        pot_size: int | None = setting(None, "which pot; chosen: by the number of guests")
+        seed: int = setting(0, "seed of the salt")
 
     @dataclasses.dataclass(frozen=True)
     class Taste:
+        """`taste`: a spoonful."""
+
         minutes: int = setting(1, "how long", minimum=1)
-        seed: int = setting(0, "of the mood")
+        seed: int = setting(0, "seed of the mood")
 
-    for name, kind in (("learn-cook", Cook), ("taste", Taste)):
+    for name, kind in (("cook", Cook), ("taste", Taste)):
         monkeypatch.setitem(options.SECTIONS, name, kind)
-    seen: dict[str, Any] = {}
 
-    @click.command()
-    @options.settings_options("learn-cook", "taste")
-    @click.option("--config", type=click.Path(path_type=Path))
-    def cook(config: Path | None, **given: Any) -> None:
-        gathered = options.gather_settings(config, given, "learn-cook", "taste")
-        seen.update({name: dataclasses.asdict(gathered[name]) for name in ("learn-cook", "taste")})
+    @options.setting_flags("cook.minutes", "cook.stir", "cook.pot_size", "cook.seed+taste.seed")
+    @options.recipe_options
+    def function(workspace: Path, **recipe: Any) -> options.Output:
+        """Cook."""
+        given = options.given(recipe)
+        settings = {"cook": given.over("cook", Cook()), "taste": given.over("taste", Taste())}
+        return options.Output({name: dataclasses.asdict(one) for name, one in settings.items()}, "")
 
-    return cook, seen
+    install(function)
+
+    def settings(*words: str) -> dict[str, Any]:
+        done = call("verify", *words, "--json")
+        assert done.exit_code == 0, done.output
+        return dict(json.loads(done.stdout))
+
+    return settings
 
 
-def test_settings_become_flags(kitchen: tuple[click.Command, dict[str, Any]], tmp_path: Path) -> None:
-    cook, seen = kitchen
+def test_flags_overrule_set_and_set_overrules_the_recipe(
+    kitchen: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
     recipe = tmp_path / "r.toml"
-    recipe.write_text("[learn-cook]\nminutes = 3\npot_size = 2\n[taste]\nseed = 4\n[train]\nepochs = 2\n")
-    done = CliRunner().invoke(
-        cook, ["--config", str(recipe), "--stir", "--pot-size", "5", "--taste-minutes", "7"]
-    )
-    assert done.exit_code == 0, done.output
-    assert seen["learn-cook"] == {"minutes": 3, "stir": True, "pot_size": 5, "seed": 0}
-    assert seen["taste"] == {"minutes": 7, "seed": 4}
-    CliRunner().invoke(cook, ["--cook-minutes", "8", "--seed", "9"])
-    assert (seen["learn-cook"]["minutes"], seen["taste"]["minutes"]) == (8, 1)
-    assert seen["learn-cook"]["seed"] == seen["taste"]["seed"] == 9, "one seed for all"
+    recipe.write_text("[cook]\nminutes = 3\npot_size = 2\n[taste]\nseed = 4\n[train]\nepochs = 2\n")
+    config = ["--config", str(recipe)]
+    every = kitchen(*config, "--stir", "--pot-size", "5", "--set", "taste.minutes=7")
+    assert every["cook"] == {"minutes": 3, "stir": True, "pot_size": 5, "seed": 0}
+    assert every["taste"] == {"minutes": 7, "seed": 4}
+    every = kitchen(*config, "--set", "cook.minutes=8", "--set", "cook.pot_size=9", "--minutes", "10")
+    assert (every["cook"]["minutes"], every["cook"]["pot_size"]) == (10, 9), "the default counts as given"
+    every = kitchen(*config, "--seed", "0")
+    assert every["cook"]["seed"] == every["taste"]["seed"] == 0, "one flag for both, and zero is a seed"
 
 
-def test_the_help_of_flags_tells_their_defaults(kitchen: tuple[click.Command, dict[str, Any]]) -> None:
-    help_text = CliRunner().invoke(kitchen[0], ["--help"]).output
+def test_the_help_of_flags_tells_their_defaults(kitchen: Callable[..., dict[str, Any]]) -> None:
+    help_text = call("verify", "--help").output
     assert "--stir / --no-stir" in help_text
     assert help_text.count("--seed") == 1
-    assert "--cook-minutes" in help_text and "[default: 10]" in help_text
-    assert "[default: none]" in help_text
+    assert "[default: 10]" in help_text and "[default: by the number of guests]" in help_text
 
 
-WHOLE_RECIPE = """
-[build-engines]
-precision = "fp32"
-[learn-style]
-steps = 7
-[generate]
-steps = 3
-[train]
-epochs = 2
-[adapt]
-layers = "2"
-"""
-
-
-def test_one_recipe_file_serves_every_stage(tmp_path: Path) -> None:
+def test_every_wrong_setting_is_told_in_one_line(
+    kitchen: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
     recipe = tmp_path / "r.toml"
-    recipe.write_text(WHOLE_RECIPE)
-    for section, name, value in (
-        ("learn-style", "steps", 7),
-        ("train", "epochs", 2),
-        ("adapt", "layers", "2"),
+    recipe.write_text("[cook]\nminute = 3\n[tast]\nseed = 4\n")
+    wrong = ["--set", "cook.stir=1", "--set", "seed=3", "--minutes", "0"]
+    done = call("verify", "--config", str(recipe), *wrong)
+    assert done.exit_code == 1 and done.stderr.count("\n") == 1, done.stderr
+    for part in (
+        "[cook] unknown key 'minute'; did you mean minutes",
+        "unknown section [tast]; did you mean taste",
+        "--set [cook] stir = 1: must be bool",
+        "--set 'seed=3': write it as SECTION.NAME=VALUE",
+        "[cook] minutes = 0: must be at least 1",
     ):
-        assert getattr(options.gather_settings(recipe, {}, section)[section], name) == value
-    every = options.gather_settings(recipe, {"style_steps": 5, "layers": "1"}, *options.SECTIONS)
-    assert (every["learn-style"].steps, every["generate"].steps, every["adapt"].layers) == (5, 3, "1")
+        assert part in done.stderr
+
+
+def test_the_printed_settings_are_a_recipe(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(call("settings").stdout)
+    read = gather(SECTIONS, recipe)
+    for section, kind in SECTIONS.items():
+        assert read.over(section, kind()) == kind(), section
+    assert call("settings", "train").stdout.startswith("# `train`")
+    assert json.loads(call("settings", "train", "--json").stdout)["train"]["epochs"] == 12
+    assert call("settings", "trian").exit_code == 2
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_a_command_fits_on_two_screens(name: str) -> None:
+    shown = CliRunner().invoke(main, [name, "--help"], terminal_width=100).stdout
+    assert shown.count("\n") <= 50, shown
 
 
 LIGHT = """
@@ -264,7 +293,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.stderr == "[]\n"
 
 
-def test_help_lists_what_is_the_command_s_own_before_the_settings() -> None:
+def test_help_lists_a_command_s_own_options_first() -> None:
     shown = CliRunner().invoke(main, ["adapt", "--help"]).stdout
-    places = [shown.index(f"  {flag} ") for flag in ("--real-dir", "--dry-run", "--adapt-steps")]
+    places = [shown.index(f"  {flag} ") for flag in ("--real-dir", "--weights", "--config", "--json")]
     assert places == sorted(places)
