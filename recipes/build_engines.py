@@ -46,8 +46,8 @@ _TENSORRT_SETTINGS = ("trt_workspace", "trt_level", "trt_hardware", "trt_version
 class BuildEngines:
     """The stage `build-engines`.
 
-    The manifest's `resolved.model` is the model's short name; `metrics.model` is what `resolve_model` takes
-    (a local folder absolute), see `base_model`.
+    The manifest's `resolved.model_name` is the model's short name; `metrics.model` is what `resolve_model`
+    takes (a local folder absolute), see `base_model`.
 
     Attributes:
         settings: of the stage.
@@ -83,7 +83,7 @@ class BuildEngines:
             inputs={"model": model_fingerprint(model_dir)},
             settings={self.name: settings},
             resolved={
-                "model": short_name(settings.model),
+                "model_name": short_name(settings.model),
                 "backend": backend,
                 "precision": _precision(settings, backend),
                 "size": read_geometry(model_dir, settings.size).image,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,17 @@ from tests.tiny_models import tiny_pipeline, write_token
 # Tiny networks are slower on several threads than on one, by far where other work shares the processors. Set
 # before torch is first imported; child processes inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(autouse=True)
+def _loggers_as_they_were() -> Iterator[None]:
+    """A command sets how much is told (`--quiet`); the next test must not depend on it."""
+    names = ("", "synthkit")
+    before = [(logging.getLogger(name).level, logging.getLogger(name).handlers[:]) for name in names]
+    yield
+    for name, (level, handlers) in zip(names, before, strict=True):
+        logging.getLogger(name).setLevel(level)
+        logging.getLogger(name).handlers[:] = handlers
 
 
 @pytest.fixture(scope="session")

@@ -54,6 +54,10 @@ class Key:
     settings: Mapping[str, Any] = field(default_factory=dict)
     resolved: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if both := self.inputs.keys() & self.resolved.keys():
+            raise ValueError(f"an input and something resolved share the name {', '.join(sorted(both))}")
+
     def values(self) -> dict[str, Any]:
         """Name -> JSON data of everything that counts; a setting's name is "section.name"."""
         settings = {

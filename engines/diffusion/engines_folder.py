@@ -44,6 +44,6 @@ def check_same_model(style: Path, engines_dir: Path) -> None:
     if manifest and own and weights and own != weights:
         raise ModelError(
             f"the style {style} was learned for {short_name(base)!r}, the engines {engines_dir} are made of "
-            f"{manifest.resolved['model']!r} with other weights; learn a style for this one with "
+            f"{manifest.resolved['model_name']!r} with other weights; learn a style for this one with "
             "`synthkit learn-style`, or build engines of the style's own model"
         )

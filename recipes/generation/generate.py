@@ -279,4 +279,4 @@ def _line(image: Planned, work: Path, job: Job, common: dict[str, Any]) -> dict[
 
 def _model(engines_dir: Path) -> str:
     manifest = read_manifest(engines_dir)
-    return str(manifest.resolved["model"]) if manifest else engines_dir.resolve().name
+    return str(manifest.resolved["model_name"]) if manifest else engines_dir.resolve().name

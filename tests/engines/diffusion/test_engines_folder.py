@@ -13,8 +13,8 @@ from synthkit.diffusion import style_token as style_files
 from synthkit.engines.diffusion.engines_folder import check_same_model
 from synthkit.errors import ModelError
 from synthkit.models import weights_fingerprint
-from synthkit.recipes.generation.generate import generate_request
 from synthkit.recipes.settings import GenerateSettings
+from tests.stages import generate_stage
 from tests.tiny_models import tiny_pipeline
 
 pytest.importorskip("safetensors")
@@ -42,7 +42,7 @@ def test_a_token_of_another_model_of_the_same_width_is_refused(
     other = weights_fingerprint(tiny_pipeline(tmp_path / "other", seed=1))
     path = token_of(tiny_style, tmp_path / "token.safetensors", other)
     with pytest.raises(ModelError, match=r"learned for 'other-model', the engines .*'tiny-v' with other we"):
-        generate_request(GenerateSettings(), tiny_engines, {"a": "a"}, path, tmp_path / "out")
+        generate_stage(GenerateSettings(), tiny_engines, {"a": "a"}, path, tmp_path / "out").key()
 
 
 def test_what_does_not_tell_its_model_is_let_through(

@@ -111,7 +111,7 @@ def test_the_stage_is_skipped_when_nothing_changed(
     shutil.copytree(tiny_engines, out)
     assert base_model(out) == str(tiny_model)
     first = read_manifest(out)
-    assert first is not None and first.resolved["model"] == tiny_model.name
+    assert first is not None and first.resolved["model_name"] == tiny_model.name
     assert [one["cached"] for one in first.metrics["engines"]] == [False] * 4
     settings = EngineSettings(model=str(model))
     again = build_engines(settings, out)

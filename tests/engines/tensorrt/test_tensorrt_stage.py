@@ -22,7 +22,7 @@ from synthkit.errors import ConfigError, EngineError
 from synthkit.recipes import build_engines as recipe
 from synthkit.recipes.build_engines import BuildEngines, engine_list, preview_plans
 from synthkit.recipes.settings import EngineSettings
-from tests.stages import build_engines, key
+from tests.stages import build_engines, given, key
 from tests.tensorrt_behaviour import install
 
 ONNX = ("text_encoder", *PLANNED)
@@ -177,9 +177,9 @@ def test_the_command(
         "--batch",
         "1:2:4",
     ]
-    words += ["--cache-dir", str(tmp_path / "cache"), "--trt-refit"]
+    words += given(f"build-engines.cache_dir={tmp_path / 'cache'}", "build-engines.trt_refit=true")
     planned = json.loads(CliRunner().invoke(main, [*words, "--dry-run", "--json"]).stdout)
-    assert planned["config"]["backend"] == "tensorrt", "auto: it works here"
+    assert planned["resolved"]["backend"] == "tensorrt", "auto: it works here"
     assert planned["plans"][0]["flags"] == ["REFIT"]
     result = CliRunner().invoke(main, [*words, "--json"])
     assert result.exit_code == 0, result.stderr

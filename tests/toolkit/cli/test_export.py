@@ -76,7 +76,8 @@ def test_all_precisions_are_measured_and_verified(workspace: Path) -> None:
     class_folders(workspace / "test", each=3, seed=9)
     sets = ["--real-dir", "few_shots", "--synth-dir", "synthetic", "--test-dir", "test"]
     places = [one if one.startswith("--") else workspace / one for one in sets]
-    result = call(workspace, "export", *places, "--precision", "int8,fp16", "--set", "export.weight_bits=8", "--json")
+    wanted = ["--precision", "int8,fp16", "--set", "export.weight_bits=8"]
+    result = call(workspace, "export", *places, *wanted, "--json")
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)
     assert list(data["precisions"]) == ["fp32", "fp16", "int8"] and data["default_precision"] == "fp32"
