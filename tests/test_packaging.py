@@ -61,7 +61,7 @@ def data_files() -> set[Path]:
 def test_the_wheel_holds_every_source_and_nothing_else(built: tuple[Path, Path, str]) -> None:
     wheel, _, _ = built
     held = {name for name in zipfile.ZipFile(wheel).namelist() if not name.endswith("/")}
-    info = f"synthkit-{synthkit.__version__}.dist-info"
+    info = f"synthkit_edge-{synthkit.__version__}.dist-info"
     expected = {inside(path) for path in {*modules().values(), *data_files()}}
     expected |= {
         f"{info}/{name}"
@@ -72,12 +72,10 @@ def test_the_wheel_holds_every_source_and_nothing_else(built: tuple[Path, Path, 
 
 def test_no_data_file_is_forgotten() -> None:
     folders = set(mapping().values())
-    figures = ROOT / "recipes" / "results"  # for readers of the repository, not for users of the package
     others = {
         path
         for path in tracked_files()
         if folders & set(path.parents) and path.suffix != ".py" and not path.name.startswith(".")
-        if figures not in path.parents
     }
     assert others == data_files(), "package-data of pyproject.toml and DATA of this test do not name these"
 
@@ -91,7 +89,7 @@ def test_the_wheel_alone_runs(built: tuple[Path, Path, str], tmp_path: Path) -> 
     wheel, _, _ = built
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
-        entry = archive.read(f"synthkit-{synthkit.__version__}.dist-info/entry_points.txt").decode()
+        entry = archive.read(f"synthkit_edge-{synthkit.__version__}.dist-info/entry_points.txt").decode()
     assert entry.split() == ["[console_scripts]", "synthkit", "=", "synthkit.cli:main"]
     code = "import sys, synthkit.cli; print(synthkit.cli.__file__); synthkit.cli.main(['--version'])"
     done = subprocess.run(

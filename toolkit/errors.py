@@ -85,7 +85,7 @@ class MissingExtra(SynthkitError):
     def __init__(self, module: str, extra: str) -> None:
         super().__init__(
             f"the Python package {module!r} is not installed; "
-            f"install it with: pip install 'synthkit[{extra}]'"
+            f"install it with: pip install 'synthkit-edge[{extra}]'"
         )
         self._missing = (module, extra)
 

@@ -172,7 +172,7 @@ def base_check(modules: Sequence[str] = ("click", "numpy", "PIL", "tqdm")) -> Ch
         except Exception as error:  # a broken package may raise anything
             broken.append(f"{name} ({' '.join(str(error).split())})")
     if broken:
-        return Check("base", "missing", f"does not import: {', '.join(broken)}", "pip install synthkit")
+        return Check("base", "missing", f"does not import: {', '.join(broken)}", "pip install synthkit-edge")
     return Check("base", "ok", ", ".join(found))
 
 

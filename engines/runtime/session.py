@@ -321,7 +321,7 @@ def _checked_provider(runtime: Any, provider: str) -> str:
     if PROVIDERS[provider] not in runtime.get_available_providers():
         raise _ProviderAbsent(
             f"this onnxruntime package has no {PROVIDERS[provider]}; "
-            "replace it: pip uninstall onnxruntime && pip install 'synthkit[gpu]'"
+            "replace it: pip uninstall onnxruntime && pip install 'synthkit-edge[gpu]'"
         )
     if provider != "cpu" and hasattr(runtime, "preload_dlls"):
         runtime.preload_dlls()  # finds the CUDA libraries that pip installed; prints where it does not

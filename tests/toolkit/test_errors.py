@@ -50,7 +50,7 @@ def test_bad_images_lists_every_file_and_the_way_out() -> None:
 
 
 def test_missing_extra_names_the_line_to_type() -> None:
-    assert "pip install 'synthkit[train]'" in str(MissingExtra("torch", "train"))
+    assert "pip install 'synthkit-edge[train]'" in str(MissingExtra("torch", "train"))
 
 
 @pytest.mark.parametrize(

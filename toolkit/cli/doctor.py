@@ -85,7 +85,7 @@ def runtime_checks() -> list[Check]:
     packages = {name: installed(name) for name in ("onnxruntime", "onnxruntime-gpu")}
     present = [f"{name} {version}" for name, version in packages.items() if version]
     if importlib.util.find_spec("onnxruntime") is None:
-        advice = "pip install 'synthkit[cpu]', or 'synthkit[gpu]' for an NVIDIA GPU (never both)"
+        advice = "pip install 'synthkit-edge[cpu]', or 'synthkit-edge[gpu]' for an NVIDIA GPU (never both)"
         return [Check("onnxruntime", "missing", "not installed", advice)]
     listed = ask("synthkit.probes:list_providers")
     if listed.error:
@@ -118,7 +118,7 @@ def train_checks() -> list[Check]:
     absent = [name for name, version in versions.items() if not version]
     if absent:
         found = f"{value}; not installed: {', '.join(absent)}".removeprefix("; ")
-        advice = "not needed on a device; on a workstation: pip install 'synthkit[train]'"
+        advice = "not needed on a device; on a workstation: pip install 'synthkit-edge[train]'"
         packages = Check("train", "missing", found, advice)
     else:
         packages = Check("train", "ok", value)

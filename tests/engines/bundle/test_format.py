@@ -182,7 +182,7 @@ def test_every_altered_file_is_named(bundle: Path) -> None:
 
 def test_without_onnxruntime_the_extra_is_named(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(MissingExtra, match=r"pip install 'synthkit\[cpu\]'"):
+    with pytest.raises(MissingExtra, match=r"pip install 'synthkit-edge\[cpu\]'"):
         Bundle.open(bundle)
 
 

@@ -93,5 +93,5 @@ def test_numbers_beyond_half_precision_are_refused(folder: Path) -> None:
 
 def test_without_onnx_the_extra_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(MissingExtra, match=r"pip install 'synthkit\[device\]'"):
+    with pytest.raises(MissingExtra, match=r"pip install 'synthkit-edge\[device\]'"):
         opened(folder, "fp32")

@@ -96,7 +96,7 @@ def test_an_unknown_or_absent_provider_is_an_error(tiny_engines: Path) -> None:
 
 def test_without_onnxruntime_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(MissingExtra, match=r"synthkit\[cpu\]"):
+    with pytest.raises(MissingExtra, match=r"synthkit-edge\[cpu\]"):
         open_session(b"model")
 
 

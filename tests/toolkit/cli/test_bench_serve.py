@@ -98,7 +98,7 @@ def test_an_absent_package_is_named_with_its_extra(
         monkeypatch.delitem(sys.modules, loaded)
     monkeypatch.setitem(sys.modules, module, None)
     line = refusal(workspace, "serve", "--port", "0")
-    assert f"'{module}' is not installed" in line and "synthkit[serve]" in line
+    assert f"'{module}' is not installed" in line and "synthkit-edge[serve]" in line
 
 
 @contextlib.contextmanager

@@ -90,7 +90,7 @@ def test_a_broken_base_is_exit_code_1(
 def test_without_onnxruntime(answers: Callable[[Replies], None], versions: dict[str, str]) -> None:
     (check,) = doctor.runtime_checks()
     assert check.status == "missing"
-    assert "synthkit[cpu]" in check.advice
+    assert "synthkit-edge[cpu]" in check.advice
 
 
 def test_both_onnxruntime_packages_at_once(

@@ -155,5 +155,5 @@ def test_the_family_of_a_wrong_width_is_named(width: int, family: str) -> None:
 def test_without_safetensors_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save(tmp_path / "a.safetensors", {"<a>": VECTORS})
     monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
-    with pytest.raises(MissingExtra, match=r"synthkit\[train\]"):
+    with pytest.raises(MissingExtra, match=r"synthkit-edge\[train\]"):
         load(path)
