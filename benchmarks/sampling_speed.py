@@ -275,7 +275,7 @@ class _Task:
         vars(denoiser)["bind"] = bind_timed
 
         def sample() -> np.ndarray:
-            images = self.ours.draw(texts, self.seeds, self.steps, self.guidance)
+            images = self.ours.generate(texts, self.seeds, self.steps, self.guidance)
             return images.astype(np.float32) / 255
 
         return _Contender("synthkit", sample, clock, self.ours.workers)

@@ -177,7 +177,7 @@ def _checkpoint(work: Path, number: int) -> Path:
 def _preview(settings: StyleSettings, parts: DiffusionParts, names: Sequence[str], work: Path) -> Preview:
     """A row of images per look, one photo of each word, as `previews/<token>/<step>.png`."""
     from synthkit.calibration.textual_inversion import Preview
-    from synthkit.diffusion.parts import draw, token_ids
+    from synthkit.diffusion.parts import sample_images, token_ids
 
     photos = np.sort(np.unique(names, return_index=True)[1])[:_PREVIEWED].tolist()
     folder = work / PREVIEWS / settings.token.strip("<>")
@@ -186,7 +186,7 @@ def _preview(settings: StyleSettings, parts: DiffusionParts, names: Sequence[str
     plain = parts.text_encoder(ids).last_hidden_state
 
     def show(step: int, embeddings: torch.Tensor) -> None:
-        images = draw(parts, embeddings, plain, _PREVIEW_STEPS, _PREVIEW_GUIDANCE, settings.seed)
+        images = sample_images(parts, embeddings, plain, _PREVIEW_STEPS, _PREVIEW_GUIDANCE, settings.seed)
         contact_sheet([(f"{step:05d}", list(images))], folder / f"{step:05d}.png", min(128, images.shape[1]))
 
     return Preview(settings.preview_every, photos, show)

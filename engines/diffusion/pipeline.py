@@ -1,4 +1,4 @@
-"""Drawing images with engines: prompts to embeddings once, then the sampling loop and the VAE in batches.
+"""Text-to-image with engines: prompts are embedded once, then the sampling loop and the VAE run in batches.
 
     prompts + style ──tokenizers, text encoders──► embeddings ┐
     seeds ──one NumPy generator per image──► latents ─────────┴─► scheduler × UNet ──VAE decoder──► uint8
@@ -44,28 +44,28 @@ from synthkit.engines.tensorrt.session import has_plans, open_plan
 from synthkit.errors import EngineError, MissingExtra
 
 _SMALL_UNET = 64 * 2**20
-"""Bytes of weights up to which all cores draw parts of a batch of their own. The operators of so small a
-network are too short to be shared; larger weights would have to pass through the cache once per core."""
+"""Bytes of weights up to which every core samples its own part of a batch. The operators of so small a
+network are too short to be shared by cores; larger weights would pass through the cache once per core."""
 
-_PART = 32  # images of such a part at the most: activations that a core's cache still holds
-_FLAT = 1 / 255  # a picture whose values, 0 to 1, all lie so close together is one colour
+_PART = 32  # images of such a part at most: activations that a core's cache still holds
+_FLAT = 1 / 255  # range of values, 0 to 1, below which an image counts as one colour
 
 
 @dataclass(frozen=True)
-class Start:
-    """Images that a sampling loop starts from, as diffusers' image-to-image pipelines do (SDEdit).
+class StartLatents:
+    """Images that a sampling loop starts from, as in diffusers' image-to-image pipelines (SDEdit).
 
     Attributes:
-        latents: float32 [n, channels, side, side], of `EnginePipeline.encode`.
-        strength: share of the steps that are run, 0 to 1; 1 leaves nothing of the images.
+        latents: float32 [n, channels, side, side], from `EnginePipeline.encode`.
+        strength: fraction of the steps that run, 0 to 1; 1 leaves nothing of the images.
     """
 
     latents: np.ndarray
     strength: float
 
-    def take(self, rows: slice) -> Start:
-        """Some of the images."""
-        return Start(self.latents[rows], self.strength)
+    def take(self, rows: slice) -> StartLatents:
+        """Select some of the images."""
+        return StartLatents(self.latents[rows], self.strength)
 
 
 class EnginePipeline:
@@ -80,7 +80,7 @@ class EnginePipeline:
         folder: the engines folder.
         geometry: the pipeline's sizes.
         provider: what computes.
-        workers: parts of a batch that are drawn at the same time.
+        workers: parts of a batch that are sampled at the same time.
     """
 
     def __init__(self, folder: Path, provider: str = "auto") -> None:
@@ -122,70 +122,70 @@ class EnginePipeline:
         return self.geometry.image
 
     def close(self) -> None:
-        """Give the engines' memory back."""
+        """Free the engines' memory."""
         if self._denoiser:
             self._denoiser.close()
         self._decoder.close()
 
     def embed(
-        self, prompts: Sequence[str], *styles: StyleToken, negative: str = "", kept: Path | None = None
+        self, prompts: Sequence[str], *styles: StyleToken, negative: str = "", cache: Path | None = None
     ) -> TextEmbeddings:
-        """Text embeddings of prompts; the text encoders are loaded for this call alone.
+        """Embed prompts, and the negative prompt for later calls; text encoders are loaded for this call.
 
         Args:
             prompts: texts; the styles' tokens may stand in them.
             *styles: tokens to add to the vocabulary.
-            negative: what guidance leads away from; empty: from no prompt.
-            kept: a file that keeps them; where it holds them already, the text encoders do not run.
+            negative: prompt that guidance leads away from; empty: no prompt.
+            cache: file that keeps the embeddings; where it holds them already, no text encoder runs.
 
         Raises:
             ModelError: a style has another width, or a prompt is too long.
         """
         provider = self._text_provider
-        key = text_key(self.folder, self.geometry, prompts, negative, styles, provider) if kept else ""
-        found = read_embeddings(kept, key) if kept else None
-        if found is None:
-            found = (
+        key = text_key(self.folder, self.geometry, prompts, negative, styles, provider) if cache else ""
+        embedded = read_embeddings(cache, key) if cache else None
+        if embedded is None:
+            embedded = (
                 embed(self.folder, self.geometry, prompts, styles, provider),
                 embed(self.folder, self.geometry, [negative], styles, provider)
                 if negative
                 else unconditional(self.folder, self.geometry, provider),
             )
-            if kept:
-                write_embeddings(kept, key, *found)
-        self._unconditional = found[1]
-        return found[0]
+            if cache:
+                write_embeddings(cache, key, *embedded)
+        self._unconditional = embedded[1]
+        return embedded[0]
 
     def unconditional(self) -> TextEmbeddings:
-        """The embedding that guidance leads away from, one row; that of no prompt is computed once."""
+        """Embedding that guidance leads away from, one row. That of no prompt is computed once."""
         if self._unconditional is None:
             self._unconditional = unconditional(self.folder, self.geometry, self._text_provider)
         return self._unconditional
 
-    def guide_from(self, texts: TextEmbeddings) -> None:
-        """Take this embedding, one row, for the one that guidance leads away from."""
+    def set_unconditional(self, texts: TextEmbeddings) -> None:
+        """Set the embedding, one row, that guidance leads away from."""
         self._unconditional = texts
 
-    def draw(
+    def generate(
         self,
         embeddings: TextEmbeddings,
         seeds: Sequence[int],
         steps: int,
         guidance: float | Sequence[float],
         names: Sequence[str] = (),
-        start: Start | None = None,
-        blank: bool = False,
+        start: StartLatents | None = None,
+        allow_blank: bool = False,
     ) -> np.ndarray:
-        """One batch of images.
+        """Generate one batch of images.
 
         Args:
             embeddings: of n prompts.
             seeds: n seeds of the initial latents.
             steps: denoising steps.
             guidance: guidance scale, one or n; at 1 or less the unconditional half is not computed.
-            names: what an error calls the images; by default their seeds.
-            start: n images to start from; None: from noise alone.
-            blank: whether an image of one colour passes; one with NaN is drawn black then.
+            names: of the images, for error messages; by default their seeds.
+            start: n images to start from; None: noise alone.
+            allow_blank: accept images of one colour; those with NaN become black.
 
         Returns:
             uint8 [n, height, width, 3].
@@ -197,19 +197,19 @@ class EnginePipeline:
         self.prepare(float(scales.max()))
 
         def part(rows: slice) -> np.ndarray:
-            noise, begun = self.initial_latents(seeds[rows]), start.take(rows) if start else None
+            noise, begin = self.initial_latents(seeds[rows]), start.take(rows) if start else None
             texts = embeddings.take(rows)
-            return self.decode(self.sample(texts, noise, steps, scales[rows], seeds[rows], begun))
+            return self.decode(self.sample(texts, noise, steps, scales[rows], seeds[rows], begin))
 
         with ThreadPoolExecutor(self.workers) as pool:
             images = np.concatenate(list(pool.map(part, self._parts(len(seeds)))))
-        if blank:
+        if allow_blank:
             images[~np.isfinite(images).all(axis=(1, 2, 3))] = -1  # NaN: black all over, so blank
-        _check_images(images, names or [f"of seed {seed}" for seed in seeds], blank)
+        _check_images(images, names or [f"of seed {seed}" for seed in seeds], allow_blank)
         return _to_uint8(images)
 
     def prepare(self, guidance: float) -> Denoiser:
-        """Load the UNet for loops with this guidance; `draw` and `sample` do it where it is not done yet."""
+        """Load the UNet for loops with this guidance unless it is; `generate` and `sample` call this."""
         guided = guidance > 1
         if guided:
             self.unconditional()
@@ -225,7 +225,7 @@ class EnginePipeline:
         return self._denoiser
 
     def initial_latents(self, seeds: Sequence[int]) -> np.ndarray:
-        """Unit noise of every image from its own seed: float32 [n, channels, side, side]."""
+        """Draw unit noise for every image from its own seed: float32 [n, channels, side, side]."""
         shape = (self.geometry.channels, self.geometry.latent, self.geometry.latent)
         streams = [np.random.default_rng(seed) for seed in seeds]
         return np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams])
@@ -237,9 +237,9 @@ class EnginePipeline:
         steps: int,
         guidance: float | np.ndarray,
         seeds: Sequence[int],
-        start: Start | None = None,
+        start: StartLatents | None = None,
     ) -> np.ndarray:
-        """The sampling loop.
+        """Run the sampling loop.
 
         Args:
             embeddings: of n prompts.
@@ -273,12 +273,12 @@ class EnginePipeline:
         return np.asarray(state.cpu().numpy(), dtype=np.float32)
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
-        """Images of clean latents: float [n, 3, height, width], -1 to 1."""
+        """Decode clean latents to images: float [n, 3, height, width], -1 to 1."""
         scaled = latents / np.float32(self.geometry.scaling) + np.float32(self.geometry.shift)
         return run_typed(self._decoder, {"latent_sample": scaled})["sample"].astype(np.float32, copy=False)
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
-        """Latents of images: the mean of what the VAE encoder says, nothing drawn at random.
+        """Encode images to latents: the mean of the VAE encoder's posterior, no random sample of it.
 
         Args:
             pixels: uint8 [n, height, width, 3].
@@ -301,7 +301,7 @@ class EnginePipeline:
         return np.asarray(parameters[: self.geometry.channels], dtype=np.float32)
 
     def vae_encoder(self) -> Session:
-        """The VAE encoder, loaded for the caller, who closes it."""
+        """Load the VAE encoder; the caller closes it."""
         if self._plans:
             return open_plan(self.folder, "vae_encoder")
         return open_session(self.folder / "vae_encoder" / "model.onnx", self.provider)
@@ -311,13 +311,13 @@ class EnginePipeline:
         return usable_threads() if self.provider == "cpu" and weights <= _SMALL_UNET else 1
 
     def _parts(self, count: int) -> Iterator[slice]:
-        """A batch cut into even parts, as many for each worker."""
+        """Cut a batch into even parts, the same number for each worker."""
         rounds = -(-count // (self.workers * _PART)) if self.workers > 1 else 1
         size = -(-count // (self.workers * rounds))
         return (slice(start, start + size) for start in range(0, count, size))
 
     def _texts(self, embeddings: TextEmbeddings, guided: bool) -> dict[str, np.ndarray]:
-        """What the UNet is told beside sample and timestep; the unconditional half first under guidance."""
+        """Inputs of the UNet beside sample and timestep; under guidance the unconditional half is first."""
         count, pixels = len(embeddings), self.geometry.image
         parts = [embeddings]
         if guided:
@@ -325,7 +325,8 @@ class EnginePipeline:
         hidden = np.concatenate([part.hidden for part in parts])
         if not self.geometry.pooled:
             return {"encoder_hidden_states": hidden}
-        whole = np.array([pixels, pixels, 0, 0, pixels, pixels], np.float32)  # neither scaled nor cropped
+        # Original size, crop corner, target size: neither scaled nor cropped.
+        whole = np.array([pixels, pixels, 0, 0, pixels, pixels], np.float32)
         return {
             "encoder_hidden_states": hidden,
             "text_embeds": np.concatenate([part.pooled for part in parts]),
@@ -333,7 +334,7 @@ class EnginePipeline:
         }
 
     def _new_scheduler(self, seeds: Sequence[int]) -> tuple[Any, dict[str, Any]]:
-        """A scheduler of its own for a batch, and what its `step` takes beside the usual."""
+        """Create the scheduler of one batch, and the further arguments of its `step`."""
         import torch
 
         config = self._scheduler_config
@@ -345,31 +346,31 @@ class EnginePipeline:
 
 
 def _times_from(scheduler: Any, steps: int, strength: float) -> Any:
-    """What is left of a loop's timesteps, as `StableDiffusionImg2ImgPipeline.get_timesteps` has it."""
+    """Timesteps that remain at this strength, as `StableDiffusionImg2ImgPipeline.get_timesteps` has them."""
     skipped = (steps - min(int(steps * strength), steps)) * scheduler.order
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(skipped)
     return scheduler.timesteps[skipped:]
 
 
-def _check_images(images: np.ndarray, names: Sequence[str], blank: bool) -> None:
-    """Refuse what a network whose numbers overflowed draws.
+def _check_images(images: np.ndarray, names: Sequence[str], allow_blank: bool) -> None:
+    """Refuse images of a network whose numbers overflowed.
 
     Args:
         images: float [n, 3, height, width], -1 to 1.
-        names: what errors call them.
-        blank: whether images of one colour pass.
+        names: of the images, for error messages.
+        allow_blank: accept images of one colour.
     """
     flat = images.reshape(len(images), -1)
     broken = ~np.isfinite(flat).all(axis=1)
     shown = np.clip(np.nan_to_num(flat) / 2 + 0.5, 0, 1)
-    uniform = ~broken & (np.ptp(shown, axis=1) < _FLAT) & (not blank)
+    uniform = ~broken & (np.ptp(shown, axis=1) < _FLAT) & (not allow_blank)
     for bad, what in ((broken, "as NaN or infinite"), (uniform, "black or of one colour")):
         if bad.any():
             listed = ", ".join(name for name, one in zip(names, bad, strict=True) if one)
             raise EngineError(
                 f"{bad.sum()} of {len(images)} images came out {what}: {listed}; "
-                "rebuild the engines with --precision fp32, or draw others in their place with --filter blank"
+                "rebuild the engines with --precision fp32, or have them replaced with --filter blank"
             )
 
 
@@ -393,9 +394,9 @@ def _scheduler_class(name: str) -> Any:
         import diffusers
     except ImportError:
         raise MissingExtra("diffusers", "train") from None
-    found = getattr(diffusers, name, None)
-    if not name.endswith("Scheduler") or found is None:
+    scheduler = getattr(diffusers, name, None)
+    if not name.endswith("Scheduler") or scheduler is None:
         raise EngineError(
             f"diffusers has no scheduler {name!r}; name another in scheduler/scheduler_config.json"
         )
-    return found
+    return scheduler

@@ -1,7 +1,7 @@
 """Draws planned images with engines and writes them: in this process, or as one of several workers.
 
     planned images ──prompts, photos──► Material: embeddings and latents, made once
-    batches of equal steps ──EnginePipeline.draw──► PNG files, each written whole or not at all
+    batches of equal steps ──EnginePipeline.generate──► PNG files, each written whole or not at all
 
 What an image looks like is settled in `synthkit.recipes.generation.plan`; batches, workers and interruptions
 change nothing about it.
@@ -23,7 +23,7 @@ from synthkit import standalone
 from synthkit.artifacts import write_bytes
 from synthkit.data.images import png, whole_picture
 from synthkit.diffusion.style_token import StyleToken
-from synthkit.engines.diffusion.pipeline import EnginePipeline, Start
+from synthkit.engines.diffusion.pipeline import EnginePipeline, StartLatents
 from synthkit.engines.diffusion.text_encoder import TextEmbeddings
 from synthkit.errors import BadImages
 from synthkit.recipes.generation.plan import Photo, Planned
@@ -87,7 +87,7 @@ class Drawer:
         """
         job, pipeline = self._job, self._pipeline
         prompts = sorted({image.prompt for image in images})
-        texts = pipeline.embed(prompts, *job.tokens, negative=job.negative, kept=job.kept)
+        texts = pipeline.embed(prompts, *job.tokens, negative=job.negative, cache=job.kept)
         photos = {image.start.sha256: image.start for image in images if image.start}
         return Material(
             {prompt: row for row, prompt in enumerate(prompts)},
@@ -107,12 +107,12 @@ class Drawer:
         Raises:
             EngineError: names the images that came out as NaN or infinite, or of one colour.
         """
-        self._pipeline.guide_from(material.none)
+        self._pipeline.set_unconditional(material.none)
         start = None
         if batch[0].start is not None:
             rows = [material.photos[image.start.sha256] for image in batch if image.start]
-            start = Start(material.latents[rows], self._job.strength)
-        return self._pipeline.draw(
+            start = StartLatents(material.latents[rows], self._job.strength)
+        return self._pipeline.generate(
             material.texts.take([material.prompts[image.prompt] for image in batch]),
             [image.seed for image in batch],
             batch[0].steps,

@@ -38,11 +38,11 @@ def test_speedup_and_step_time_follow_from_the_medians() -> None:
 
 
 def test_other_images_are_refused(tiny_engines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    draw = EnginePipeline.draw
+    generate = EnginePipeline.generate
 
     def inverted(*given: object) -> np.ndarray:
-        return 255 - draw(*given)  # type: ignore[arg-type]
+        return 255 - generate(*given)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(EnginePipeline, "draw", inverted)
+    monkeypatch.setattr(EnginePipeline, "generate", inverted)
     with pytest.raises(ParityError, match=r"synthkit samples other images than diffusers: they differ by"):
         measure(tiny_engines, batch=1, steps=1, guidance=1.0, runs=1)

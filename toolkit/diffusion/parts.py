@@ -68,7 +68,7 @@ def load_parts(model_dir: Path, device: str = "cpu") -> DiffusionParts:
 
 
 def image_size(parts: DiffusionParts) -> int:
-    """Side in pixels of the images that the model draws."""
+    """Side in pixels of the model's images."""
     return int(parts.unet.config.sample_size) << (len(parts.vae.config.block_out_channels) - 1)
 
 
@@ -123,7 +123,7 @@ def noise_prediction_loss(
 
 
 @torch.no_grad()
-def draw(
+def sample_images(
     parts: DiffusionParts,
     embeddings: torch.Tensor,
     plain: torch.Tensor,
@@ -131,9 +131,9 @@ def draw(
     guidance: float,
     seed: int,
 ) -> np.ndarray:
-    """A few images in torch, by DDIM (Song et al. 2021) with classifier-free guidance (Ho & Salimans 2022).
+    """Sample a few images in torch by DDIM (Song et al. 2021), classifier-free guidance (Ho & Salimans 2022).
 
-    For previews while a style is learned; volumes are drawn by `synthkit.engines.diffusion.pipeline`.
+    Meant for previews of a style; `synthkit.engines.diffusion.pipeline` generates sets of images.
 
     Args:
         parts: the pipeline.

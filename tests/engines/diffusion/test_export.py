@@ -85,7 +85,7 @@ def test_half_precision_lies_in_the_graph(tiny_model: Path, tmp_path: Path) -> N
     }
     assert sides == {"unet": IMAGE // 2, "vae_decoder": 2 * IMAGE, "vae_encoder": 2 * IMAGE}
     pipeline = EnginePipeline.open(out, "cpu")
-    images = pipeline.draw(pipeline.embed(["a"]), [1], steps=2, guidance=2.0)
+    images = pipeline.generate(pipeline.embed(["a"]), [1], steps=2, guidance=2.0)
     assert images.shape == (1, 2 * IMAGE, 2 * IMAGE, 3) and images.std() > 10
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from synthkit.diffusion import style_token as style_files
 from synthkit.diffusion.style_token import StyleToken
-from synthkit.engines.diffusion.pipeline import EnginePipeline, Start
+from synthkit.engines.diffusion.pipeline import EnginePipeline, StartLatents
 from synthkit.engines.runtime.session import open_session
 from synthkit.errors import EngineError, ModelError
 from tests.tiny_models import IMAGE, WIDTH, write_token
@@ -140,7 +140,7 @@ def test_starting_from_images_is_that_of_diffusers(
         output_type="np",
     ).images
     texts = ours.embed(PROMPTS, style_files.load(tiny_style))
-    got = ours.decode(ours.sample(texts, noise, 7, 2.0, SEEDS, Start(encoded, strength)))
+    got = ours.decode(ours.sample(texts, noise, 7, 2.0, SEEDS, StartLatents(encoded, strength)))
     assert np.abs(np.clip(got.transpose(0, 2, 3, 1) / 2 + 0.5, 0, 1) - wanted).max() < 2e-4
 
 
@@ -148,14 +148,14 @@ def test_starting_from_images_is_that_of_diffusers(
 def test_images_of_one_batch_may_differ_in_guidance(strength: float | None, pipeline: EnginePipeline) -> None:
     texts, seeds, guidance = pipeline.embed(["a", "b", "c"]), [1, 2, 3], [1.5, 2.37, 7.1]
     pixels = np.random.default_rng(0).integers(0, 256, (3, IMAGE, IMAGE, 3), np.uint8)
-    start = Start(pipeline.encode(pixels), strength) if strength else None
-    whole = pipeline.draw(texts, seeds, 4, guidance, start=start)
+    start = StartLatents(pipeline.encode(pixels), strength) if strength else None
+    whole = pipeline.generate(texts, seeds, 4, guidance, start=start)
     for row, scale in enumerate(guidance):
         own = slice(row, row + 1)
         begun = start.take(own) if start else None
-        alone = pipeline.draw(texts.take(own), seeds[own], 4, scale, start=begun)
+        alone = pipeline.generate(texts.take(own), seeds[own], 4, scale, start=begun)
         assert np.array_equal(alone[0], whole[row])
-    same = pipeline.draw(texts, seeds, 4, 2.37, start=start)
+    same = pipeline.generate(texts, seeds, 4, 2.37, start=start)
     assert np.array_equal(same[1], whole[1]) and not np.array_equal(same[2], whole[2])
 
 
@@ -194,17 +194,17 @@ def test_an_image_does_not_depend_on_its_batch(
 ) -> None:
     prompts = [f"A {name} photo in the style of <tiny>" for name in "abcdefgh"]
     embeddings, seeds = pipeline.embed(prompts, style_files.load(tiny_style)), list(range(8))
-    whole = pipeline.draw(embeddings, seeds, 5, guidance)
+    whole = pipeline.generate(embeddings, seeds, 5, guidance)
     assert whole.dtype == np.uint8 and whole.shape == (8, IMAGE, IMAGE, 3)
     for size in (1, 3):
         parts = [
-            pipeline.draw(
+            pipeline.generate(
                 embeddings.take(slice(start, start + size)), seeds[start : start + size], 5, guidance
             )
             for start in range(0, 8, size)
         ]
         assert np.array_equal(np.concatenate(parts), whole)
-    turned = pipeline.draw(embeddings.take(slice(None, None, -1)), seeds[::-1], 5, guidance)
+    turned = pipeline.generate(embeddings.take(slice(None, None, -1)), seeds[::-1], 5, guidance)
     assert np.array_equal(turned[::-1], whole)
 
 
@@ -219,8 +219,8 @@ def test_a_scheduler_that_adds_noise_takes_it_from_the_image_s_seed(
     path.write_text(json.dumps(config))
     pipeline = EnginePipeline.open(tmp_path / "engines", "cpu")
     embeddings = pipeline.embed(["a", "b"])
-    whole = pipeline.draw(embeddings, [1, 2], 4, 2.0)
-    assert np.array_equal(pipeline.draw(embeddings.take([1]), [2], 4, 2.0)[0], whole[1])
+    whole = pipeline.generate(embeddings, [1, 2], 4, 2.0)
+    assert np.array_equal(pipeline.generate(embeddings.take([1]), [2], 4, 2.0)[0], whole[1])
     assert whole.std() > 10
 
 
@@ -260,10 +260,10 @@ def test_broken_images_are_named(tiny_engines: Path) -> None:
     embeddings = pipeline.embed(["a", "b"])
     embeddings.hidden[1] = np.nan
     with pytest.raises(EngineError, match=r"1 of 2 images came out as NaN or infinite: b/0\.png; rebuild"):
-        pipeline.draw(embeddings, [1, 2], 2, 2.0, ["a/0.png", "b/0.png"])
+        pipeline.generate(embeddings, [1, 2], 2, 2.0, ["a/0.png", "b/0.png"])
     with pytest.raises(EngineError, match="infinite: of seed 2;"):
-        pipeline.draw(embeddings, [1, 2], 2, 1.0)
-    whole, broken = pipeline.draw(embeddings, [1, 2], 2, 2.0, blank=True)
+        pipeline.generate(embeddings, [1, 2], 2, 1.0)
+    whole, broken = pipeline.generate(embeddings, [1, 2], 2, 2.0, allow_blank=True)
     assert not broken.any() and np.ptp(whole) > 0, "black, for the filter to find"
 
 
@@ -279,8 +279,8 @@ def test_images_of_one_colour_are_named(pipeline: EnginePipeline, monkeypatch: p
     monkeypatch.setattr(pipeline, "decode", black)
     embeddings = pipeline.embed(["a", "b", "c"])
     with pytest.raises(EngineError, match=r"1 of 3 images came out black or of one colour: b; rebuild"):
-        pipeline.draw(embeddings, [1, 2, 3], 2, 1.0, ["a", "b", "c"])
-    assert np.ptp(pipeline.draw(embeddings, [1, 2, 3], 2, 1.0, blank=True)[1].astype(int)) < 2
+        pipeline.generate(embeddings, [1, 2, 3], 2, 1.0, ["a", "b", "c"])
+    assert np.ptp(pipeline.generate(embeddings, [1, 2, 3], 2, 1.0, allow_blank=True)[1].astype(int)) < 2
 
 
 def test_a_batch_drawn_by_several_workers_is_the_same(
@@ -290,11 +290,11 @@ def test_a_batch_drawn_by_several_workers_is_the_same(
     several = EnginePipeline.open(tiny_engines, "cpu")
     assert several.workers == 3 and pipeline.workers == 1
     embeddings, seeds = pipeline.embed(["a"]).take([0] * 7), list(range(7))
-    wanted = pipeline.draw(embeddings, seeds, 3, 2.0)
-    assert np.array_equal(several.draw(embeddings, seeds, 3, 2.0), wanted)
+    wanted = pipeline.generate(embeddings, seeds, 3, 2.0)
+    assert np.array_equal(several.generate(embeddings, seeds, 3, 2.0), wanted)
     embeddings.hidden[4] = np.nan
     with pytest.raises(EngineError, match="1 of 7 images came out as NaN or infinite: of seed 4;"):
-        several.draw(embeddings, seeds, 3, 2.0)
+        several.generate(embeddings, seeds, 3, 2.0)
 
 
 def test_kept_embeddings_spare_the_text_encoder(
@@ -304,7 +304,7 @@ def test_kept_embeddings_spare_the_text_encoder(
 
     kept, token = tmp_path / "kept.npz", style_files.load(tiny_style)
     first = EnginePipeline.open(tiny_engines, "cpu")
-    wanted, none = first.embed(PROMPTS, token, kept=kept), first.unconditional()
+    wanted, none = first.embed(PROMPTS, token, cache=kept), first.unconditional()
 
     def refuse(*_: object) -> None:
         raise AssertionError("the text encoder ran")
@@ -313,7 +313,7 @@ def test_kept_embeddings_spare_the_text_encoder(
         patched.setattr(module, "embed", refuse)
         patched.setattr(module, "unconditional", refuse)
         again = EnginePipeline.open(tiny_engines, "cpu")
-        assert np.array_equal(again.embed(PROMPTS, token, kept=kept).hidden, wanted.hidden)
+        assert np.array_equal(again.embed(PROMPTS, token, cache=kept).hidden, wanted.hidden)
         assert np.array_equal(again.unconditional().hidden, none.hidden)
         for prompts, styles, negative in (
             (PROMPTS[:2], [token], ""),
@@ -321,9 +321,9 @@ def test_kept_embeddings_spare_the_text_encoder(
             (PROMPTS, [token], "b"),
         ):
             with pytest.raises(AssertionError, match="ran"):
-                again.embed(prompts, *styles, negative=negative, kept=kept)
+                again.embed(prompts, *styles, negative=negative, cache=kept)
     kept.write_bytes(kept.read_bytes()[:-100])
-    assert np.array_equal(first.embed(PROMPTS, token, kept=kept).hidden, wanted.hidden)
+    assert np.array_equal(first.embed(PROMPTS, token, cache=kept).hidden, wanted.hidden)
 
 
 def test_the_vae_encoder_opens_when_it_is_asked_for(pipeline: EnginePipeline) -> None:
@@ -391,8 +391,8 @@ def test_plans_draw_where_the_folder_has_them(
     monkeypatch.setattr("synthkit.engines.diffusion.pipeline.has_plans", lambda folder: True)
     monkeypatch.setattr("synthkit.engines.diffusion.pipeline.open_plan", open_plan)
     planned, style = EnginePipeline.open(tiny_engines), style_files.load(tiny_style)
-    images = planned.draw(planned.embed(PROMPTS, style), SEEDS, 3, 2.0)
-    expected = pipeline.draw(pipeline.embed(PROMPTS, style), SEEDS, 3, 2.0)
+    images = planned.generate(planned.embed(PROMPTS, style), SEEDS, 3, 2.0)
+    expected = pipeline.generate(pipeline.embed(PROMPTS, style), SEEDS, 3, 2.0)
     assert planned.provider == "plan" and images.std() > 10
     assert np.abs(images.astype(int) - expected).max() <= 1, "rounding of the specialised graph"
     assert opened["unet"].runs == 3 and opened["vae_decoder"].runs == 1
