@@ -1,3 +1,62 @@
-"""synthkit: a handful of photos becomes an image classifier that runs on an edge device."""
+"""synthkit: a handful of photos becomes an image classifier that runs on an edge device.
+
+    import synthkit
+
+    result = synthkit.adapt("few_shots", test_dir="test")
+    bundle = synthkit.Bundle.open(result.bundle)
+
+Every name is imported when it is first used, so that `import synthkit` costs nothing and a device needs only
+what it uses. Errors that a user can mend are `synthkit.errors.SynthkitError`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from synthkit.data.images import ImageSet as ImageSet
+    from synthkit.engines.bundle.format import Bundle as Bundle
+    from synthkit.recipes.api import adapt as adapt
+    from synthkit.recipes.api import build_engines as build_engines
+    from synthkit.recipes.api import export as export
+    from synthkit.recipes.api import generate as generate
+    from synthkit.recipes.settings import AdaptSettings as AdaptSettings
+    from synthkit.recipes.settings import EngineSettings as EngineSettings
+    from synthkit.recipes.settings import ExportSettings as ExportSettings
+    from synthkit.recipes.settings import FilterSettings as FilterSettings
+    from synthkit.recipes.settings import GenerateSettings as GenerateSettings
+    from synthkit.recipes.settings import StyleSettings as StyleSettings
+    from synthkit.recipes.settings import TrainSettings as TrainSettings
 
 __version__ = "0.1.0"
+
+_WHERE = {
+    **dict.fromkeys(("adapt", "build_engines", "export", "generate"), "synthkit.recipes.api"),
+    "Bundle": "synthkit.engines.bundle.format",
+    "ImageSet": "synthkit.data.images",
+    **dict.fromkeys(
+        (
+            "AdaptSettings",
+            "EngineSettings",
+            "ExportSettings",
+            "FilterSettings",
+            "GenerateSettings",
+            "StyleSettings",
+            "TrainSettings",
+        ),
+        "synthkit.recipes.settings",
+    ),
+}
+
+__all__ = [*_WHERE, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'synthkit' has no attribute {name!r}")
+    return getattr(importlib.import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_WHERE})

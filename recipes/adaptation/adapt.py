@@ -11,7 +11,7 @@ Hennicke et al. 2024 (arXiv 2405.03243) find the synthetic-to-real drop in the l
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -151,7 +151,7 @@ def _student(site: Site, choice: Choice, curves: Path) -> Student:
     return begun.whole
 
 
-def describe(verdicts: Sequence[dict[str, Any]]) -> str:
+def describe(verdicts: Sequence[Mapping[str, Any]]) -> str:
     """The cross-validation as a short table for a person."""
     most = max((one["photos"] for one in verdicts), default=0)
     return "\n".join(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ pytest.importorskip("onnxruntime")
 
 from PIL import Image
 
+from synthkit import artifacts, standalone
 from synthkit.cli import main
 from synthkit.config import Given
 from synthkit.engines.bundle.format import Bundle
@@ -116,6 +118,29 @@ def test_a_second_run_does_no_work_and_says_so(site: Site) -> None:
     assert site.files() == before
     told = site.call("adapt", *QUICK).stdout
     assert "nothing has changed" in told and told.count("skipped") == 6
+
+
+def test_a_run_in_which_nothing_changed_decodes_no_image_and_reads_no_file_twice(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in site.root.rglob("*"):  # as after a while; a manifest is younger than what it lists
+        if path.is_file():
+            os.utime(path, (2000, 2000) if path.name == "manifest.json" else (1000, 1000))
+    decoded: list[Path] = []
+    read: list[Path] = []
+    decode, sha256 = standalone.open_image, artifacts._read_sha256
+    monkeypatch.setattr(standalone, "open_image", lambda path: decoded.append(path) or decode(path))
+    monkeypatch.setattr(artifacts, "_read_sha256", lambda path: read.append(path) or sha256(path))
+    artifacts._sha256.cache_clear()
+    answer = site.adapt()
+    assert answer["stages"] == dict.fromkeys(STAGES, "skipped")
+    assert decoded == []
+    assert len(read) == len(set(read)), "the model is an input of two stages, and is hashed once"
+    assert not any(path.is_relative_to(site.workspace.resolve()) for path in read), "by size and age alone"
+    assert {".safetensors", ".png"} <= {path.suffix for path in read}
+    (site.root / "few_shots" / "red" / "2.png").write_bytes(b"no image")
+    result = site.call("adapt", *QUICK)
+    assert result.exit_code == 1 and "2.png (not an image)" in result.stderr and decoded
 
 
 def test_an_unchanged_stage_is_skipped_on_its_own_too(site: Site) -> None:

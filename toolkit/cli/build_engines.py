@@ -30,7 +30,8 @@ def command(workspace: Path, out: Path | None, force: bool, dry_run: bool, **rec
     Example: synthkit build-engines
     Example: synthkit build-engines --model ./stable-diffusion-v1-5 --backend tensorrt --batch 1:16:64
     """
-    from synthkit.recipes.build_engines import BuildEngines, engine_list
+    from synthkit.recipes.api import EnginesResult
+    from synthkit.recipes.build_engines import BuildEngines
     from synthkit.recipes.settings import EngineSettings
 
     settings = options.given(recipe).over("build-engines", EngineSettings())
@@ -38,16 +39,15 @@ def command(workspace: Path, out: Path | None, force: bool, dry_run: bool, **rec
     if dry_run:
         return _dry_run(stage, force)
     with workspace_lock(workspace):
-        result = run_stage(stage, force=force)
-    engines = engine_list(result)
+        done = run_stage(stage, force=force)
+    result = EnginesResult.of(done)
     rows = [
-        f"  {one['component']:<13} {one['path']:<25} max error {one['max_abs_error']:.2g}" for one in engines
+        f"  {one['component']:<13} {one['path']:<25} max error {one['max_abs_error']:.2g}"
+        for one in result.engines
     ]
-    verb = "unchanged" if result.skipped else f"built in {result.manifest.seconds:.0f} s"
-    return options.Output(
-        {"engines": engines, "out": result.out, "skipped": result.skipped},
-        "\n".join([f"{settings.model}: {len(engines)} engines {verb} in {result.out}", *rows]),
-    )
+    verb = "unchanged" if result.skipped else f"built in {done.manifest.seconds:.0f} s"
+    text = f"{settings.model}: {len(result.engines)} engines {verb} in {result.out}"
+    return options.Output(result.to_json(), "\n".join([text, *rows]))
 
 
 def _dry_run(stage: BuildEngines, force: bool) -> options.Output:

@@ -38,6 +38,7 @@ def command(
     """
     from synthkit.artifacts import recorded_inputs, run_stage, workspace_lock
     from synthkit.data.images import ImageSet
+    from synthkit.recipes.api import ExportResult
     from synthkit.recipes.exporting.export import Export, Images
     from synthkit.recipes.settings import ExportSettings
 
@@ -49,10 +50,9 @@ def command(
     if dry_run:
         return options.planned(stage, force)
     with workspace_lock(workspace):
-        result = run_stage(stage, force=force)
-    metrics = result.manifest.metrics
-    data = {"bundle": str(target), "skipped": result.skipped, **metrics}
-    return options.Output(data, _text(target, metrics, result.skipped), ok=not metrics["refused_default"])
+        result = ExportResult.of(run_stage(stage, force=force))
+    text = _text(target, result.metrics, result.skipped)
+    return options.Output(result.to_json(), text, ok=not result.refused_default)
 
 
 def _text(target: Path, metrics: Mapping[str, Any], skipped: bool) -> str:

@@ -119,7 +119,8 @@ def test_a_package_of_an_extra_that_is_absent_is_one_line(install: Install, modu
     install(raising(ModuleNotFoundError(f"No module named {module!r}", name=module)))
     result = call("verify")
     assert result.exit_code == 1
-    assert result.stderr.endswith(f"is not installed; install it with: pip install 'synthkit-edge[{extra}]'\n")
+    advice = f"is not installed; install it with: pip install 'synthkit-edge[{extra}]'\n"
+    assert result.stderr.endswith(advice)
 
 
 def test_every_extra_that_is_offered_exists() -> None:
