@@ -26,7 +26,7 @@ from synthkit.one_line import OneLineErrors
 from synthkit.recipes.chain import ChainSettings
 from synthkit.recipes.studies.compare import Cell, cell_draw
 from synthkit.recipes.studies.methods import Draw, answers
-from synthkit.recipes.train import Material, Train, synthetic_steps
+from synthkit.recipes.train import Train, TrainingData, synthetic_steps
 
 _LARGEST_EPOCHS = 3  # over the largest set; smaller ones are seen more often
 
@@ -51,11 +51,12 @@ def top1_over_volume(draw: Draw, test: ImageSet, volumes: Sequence[int]) -> dict
     largest = replace(usual.settings, per_class=max(volumes))
     generated = run_stage(replace(usual, settings=largest, out=folder / "synthetic"))
     everything = ImageSet.scan(generated.out)
-    steps = synthetic_steps(replace(draw.settings.train, epochs=_LARGEST_EPOCHS), Material(everything, None))
+    training = replace(draw.settings.train, epochs=_LARGEST_EPOCHS)
+    steps = synthetic_steps(training, TrainingData(everything, None))
     found = {}
     for volume in volumes:
         images = first_of_each(everything, volume)
-        epoch = synthetic_steps(replace(draw.settings.train, epochs=1), Material(images, None))
+        epoch = synthetic_steps(replace(draw.settings.train, epochs=1), TrainingData(images, None))
         settings = replace(draw.settings.train, epochs=round(steps / epoch))
         student = run_stage(Train(settings, folder / f"student-{volume}", images)).out
         found[volume] = metrics.top1(answers(student, test), test.labels)

@@ -116,7 +116,7 @@ class FilterSettings:
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """`train`: a student from synthetic images and photos, by one of `synthkit.recipes.procedures`."""
+    """`train`: a student from synthetic images and photos, by one of several training methods."""
 
     student: str = setting("resnet10t", "timm model name")
     pretrained: bool = setting(False, "start from timm's hub weights")
@@ -128,9 +128,9 @@ class TrainSettings:
     real_steps: int = setting(100, "gradient steps over the real images", minimum=0)
     lr: float = setting(0.002, "peak learning rate", minimum=0)
     batch_size: int = setting(64, "images per gradient step", minimum=2)
-    mixup: float = setting(0.2, "Mixup alpha, where the procedure has Mixup; 0: off", minimum=0)
+    mixup: float = setting(0.2, "Mixup alpha, where the method has Mixup; 0: off", minimum=0)
     seed: int = setting(0, "seed of initial weights, order and augmentation", minimum=0)
-    procedure: Literal[
+    method: Literal[
         "vanilla",
         "vanilla-matched",
         "vanilla-mixup",

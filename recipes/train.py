@@ -1,9 +1,25 @@
-"""`train`: a student by one of the procedures, by default bridged transfer++ (Li et al., arXiv 2403.19866).
+"""`train`: a student from synthetic images and photos, by one of several training methods.
+
+The default is bridged transfer++ (Li et al. 2024, arXiv 2403.19866):
 
 timm student ──all layers on synthetic, Mixup──► student/synthetic/ ──new head, all layers on real──► student/
 
-Without synthetic images the second stage alone remains, which is vanilla transfer; without photos the first.
-What the other procedures do with the same images stands in `synthkit.recipes.procedures`.
+Without synthetic images the second phase alone remains, which is vanilla transfer; without photos the first.
+All methods train every layer:
+
+    vanilla          photos
+    vanilla-matched  photos, for as many gradient steps as both phases of bridged transfer
+    vanilla-mixup    the same, with Mixup
+    synthetic        synthetic images (Mixup)
+    mixed            both in one set
+    joint            both, half a batch each; loss 0.8 photos + 0.2 synthetic
+    mixed-auxbn      both, half a batch each; synthetic images have BatchNorms of their own
+    bridged          synthetic images ──head kept──► photos
+    bridged++        synthetic images (Mixup) ──new head──► photos
+
+Vanilla, mixed and bridged transfer are compared by Li et al. 2024. The joint loss and its weights are those
+of DISEF (arXiv 2312.03046) and DataDream (arXiv 2407.10910). The auxiliary BatchNorm is that of AdvProp
+(arXiv 1911.09665), used for synthetic images by Yu et al. (arXiv 2312.02253).
 """
 
 from __future__ import annotations
@@ -13,9 +29,10 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from enum import Enum
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import numpy as np
 
@@ -25,7 +42,6 @@ from synthkit.data.splits import k_shot
 from synthkit.errors import ConfigError, DataError
 from synthkit.learning.curves import CURVES
 from synthkit.metrics.classification import top1
-from synthkit.recipes.procedures import PROCEDURES, Images, Stage
 from synthkit.recipes.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -39,13 +55,89 @@ log = logging.getLogger(__name__)
 _SMALL = 64
 _LARGEST = 224
 
-# Images per step of the real stage: photos are few, and a larger batch would only repeat them.
+# Images per step on photos alone: photos are few, and a larger batch would only repeat them.
 _REAL_BATCH = 32
+
+BRIDGED: Final = "bridged++"
+
+
+class Domain(Enum):
+    """The images that a training phase learns from."""
+
+    SYNTHETIC = "synthetic"
+    REAL = "real"
+    MIXED = "mixed"
+
+    @property
+    def steps_metric(self) -> str:
+        """Name of the metric that counts the gradient steps on these images."""
+        return f"{self.value}_steps"
 
 
 @dataclass(frozen=True)
-class Material:
-    """What a student learns from; one of the two may be absent.
+class Phase:
+    """One run of `fit` over all layers.
+
+    Attributes:
+        domain: the images.
+        all_steps: take the gradient steps of both phases of bridged transfer instead of the domain's own.
+        mixup: use Mixup.
+        new_head: begin with a freshly initialised head.
+        real_share: default share of photos in a mixed batch; None: their share of all images.
+        weighted_loss: add up the mean losses of photos and synthetic images with the weights of the settings.
+        auxiliary_norm: pass synthetic images through BatchNorms of their own.
+    """
+
+    domain: Domain
+    all_steps: bool = False
+    mixup: bool = False
+    new_head: bool = False
+    real_share: float | None = None
+    weighted_loss: bool = False
+    auxiliary_norm: bool = False
+
+
+@dataclass(frozen=True)
+class TrainingMethod:
+    """A sequence of training phases.
+
+    Attributes:
+        title: short description for tables.
+        phases: in order; of two, the one without images is left out.
+    """
+
+    title: str
+    phases: tuple[Phase, ...]
+
+
+#: Name -> training method, as `--method` takes it.
+METHODS = {
+    "vanilla": TrainingMethod("photos alone", (Phase(Domain.REAL, new_head=True),)),
+    "vanilla-matched": TrainingMethod(
+        "photos alone, same number of steps", (Phase(Domain.REAL, all_steps=True, new_head=True),)
+    ),
+    "vanilla-mixup": TrainingMethod(
+        "photos alone with Mixup", (Phase(Domain.REAL, all_steps=True, mixup=True, new_head=True),)
+    ),
+    "synthetic": TrainingMethod("synthetic only", (Phase(Domain.SYNTHETIC, mixup=True),)),
+    "mixed": TrainingMethod("both in one set", (Phase(Domain.MIXED, all_steps=True),)),
+    "joint": TrainingMethod(
+        "joint loss", (Phase(Domain.MIXED, all_steps=True, real_share=0.5, weighted_loss=True),)
+    ),
+    "mixed-auxbn": TrainingMethod(
+        "both, auxiliary BatchNorm",
+        (Phase(Domain.MIXED, all_steps=True, real_share=0.5, auxiliary_norm=True),),
+    ),
+    "bridged": TrainingMethod("bridged", (Phase(Domain.SYNTHETIC), Phase(Domain.REAL))),
+    BRIDGED: TrainingMethod(
+        "bridged++", (Phase(Domain.SYNTHETIC, mixup=True), Phase(Domain.REAL, new_head=True))
+    ),
+}
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The images that a student learns from; one of the two sets may be absent.
 
     Attributes:
         synthetic: class folders of generated images.
@@ -69,10 +161,10 @@ class Material:
                 f"synthetic images and photos differ in the classes {', '.join(differing)}; "
                 "run `synthkit generate --real-dir` on these photos"
             )
-        found = self.photos or self.synthetic
-        if found is None:
+        images = self.photos or self.synthetic
+        if images is None:
             raise ConfigError("nothing to train on; give --synth-dir, --real-dir or both")
-        return found.classes
+        return images.classes
 
 
 @dataclass(frozen=True)
@@ -96,7 +188,7 @@ class Train:
     photos: ImageSet | None = None
 
     def check(self, *, fetch: bool) -> None:
-        """Refuse settings that no procedure can use, and a student that timm does not know.
+        """Refuse settings that no method can use, and a student that timm does not know.
 
         Args:
             fetch: has no part in this stage; pretrained weights are fetched when it runs.
@@ -113,54 +205,55 @@ class Train:
             weights_fingerprint(Path(self.settings.weights))
 
     @cached_property
-    def material(self) -> Material:
-        """What the student learns from."""
+    def data(self) -> TrainingData:
+        """The images that the student learns from."""
         given = self.synthetic
-        return Material(ImageSet.scan(given) if isinstance(given, Path) else given, self.photos)
+        return TrainingData(ImageSet.scan(given) if isinstance(given, Path) else given, self.photos)
 
     def key(self) -> Key:
         """Images and weights by content.
 
         Raises:
-            ConfigError, DataError: see `Material.classes` and `stages_of`.
+            ConfigError, DataError: see `TrainingData.classes` and `phases`.
         """
-        material, settings = self.material, self.settings
-        inputs = {"classes": ",".join(material.classes)}
-        learned = {stage.images for stage in stages_of(settings, material)}
-        if material.synthetic:  # without a stage of their own they still say how large the input is
-            inputs["synthetic"] = material.synthetic.digest
-        if material.photos and learned != {Images.SYNTHETIC}:
-            inputs["photos"] = material.photos.digest
+        data, settings = self.data, self.settings
+        inputs = {"classes": ",".join(data.classes)}
+        learned = {phase.domain for phase in phases(settings, data)}
+        # Without a phase of their own, synthetic images still determine the input size.
+        if data.synthetic:
+            inputs["synthetic"] = data.synthetic.digest
+        if data.photos and learned != {Domain.SYNTHETIC}:
+            inputs["photos"] = data.photos.digest
         if settings.weights:
             inputs["weights"] = weights_fingerprint(Path(settings.weights))
         return Key(inputs, {self.name: settings})
 
     def run(self, work: Path, previous: Path | None) -> dict[str, Any]:
-        """Run the stages of the procedure.
+        """Run the phases of the training method.
 
         Returns:
-            the numbers of images and of gradient steps.
+            The numbers of images and of gradient steps.
 
         Raises:
             ModelError: the student is unknown, or its weights are absent or do not fit.
             ConfigError: training came to nothing, see `synthkit.learning.fit.fit`.
         """
-        steps = {Images.SYNTHETIC.value: 0, Images.REAL.value: 0}
-        student, settings, material = None, self.settings, self.material
-        for stage in stages_of(settings, material):
-            if stage.images is Images.SYNTHETIC:
-                student = synthetic_student(settings, material, work)
+        steps = {Domain.SYNTHETIC.steps_metric: 0, Domain.REAL.steps_metric: 0}
+        student, settings, data = None, self.settings, self.data
+        for phase in phases(settings, data):
+            if phase.domain is Domain.SYNTHETIC:
+                student = synthetic_student(settings, data, work)
             else:
-                student = student or untrained_student(settings, material)
-                learn(student, stage, settings, material, work)
-            steps[stage.images.value] = _steps(stage, settings, material)
+                student = student or untrained_student(settings, data)
+                run_phase(student, phase, settings, data, work)
+            steps[phase.domain.steps_metric] = _gradient_steps(phase, settings, data)
         assert student is not None
         student.save(work)
-        return {"n_synthetic": len(material.synthetic or ()), "n_real": len(material.photos or ()), **steps}
+        return {"n_synthetic": len(data.synthetic or ()), "n_real": len(data.photos or ()), **steps}
 
 
 def check_settings(settings: TrainSettings) -> None:
-    """Refuse values that no procedure can use.
+    """Refuse values that no method can use.
 
     Raises:
         ConfigError: names every such option with its value and range.
@@ -177,17 +270,17 @@ def check_settings(settings: TrainSettings) -> None:
         (settings.ema >= 1, f"[train] ema = {settings.ema}: must be below 1, for example 0.99"),
         (
             parts > 1 and any(size % (2 * parts) for size in batches),
-            f"[train] accumulate = {parts}: batches of {' and '.join(map(str, sorted(batches)))} images "
-            "cannot be cut into so many equal parts of two images or more",
+            f"[train] accumulate = {parts}: batches of {' and '.join(map(str, sorted(batches)))} images cannot "
+            "be cut into so many equal parts of two images or more",
         ),
         (
-            settings.procedure == "mixed-auxbn" and settings.batch_size % 2,
+            settings.method == "mixed-auxbn" and settings.batch_size % 2,
             f"[train] batch_size = {settings.batch_size}: mixed-auxbn takes half of each kind, so it must be "
             "even",
         ),
     ]
-    if found := [text for wrong, text in problems if wrong]:
-        raise ConfigError("; ".join(found))
+    if messages := [text for wrong, text in problems if wrong]:
+        raise ConfigError("; ".join(messages))
 
 
 def weights_fingerprint(path: Path) -> str:
@@ -201,31 +294,31 @@ def weights_fingerprint(path: Path) -> str:
     return fingerprint(path)
 
 
-def stages_of(settings: TrainSettings, material: Material) -> list[Stage]:
-    """The stages of the procedure for which there are images.
+def phases(settings: TrainSettings, data: TrainingData) -> list[Phase]:
+    """The phases of the training method for which there are images.
 
     Raises:
-        ConfigError: there is none, or nothing says how many steps it takes.
+        ConfigError: there is none, or nothing determines its number of steps.
     """
     present = {
-        Images.SYNTHETIC: material.synthetic is not None,
-        Images.REAL: material.photos is not None,
-        Images.BOTH: material.synthetic is not None and material.photos is not None,
+        Domain.SYNTHETIC: data.synthetic is not None,
+        Domain.REAL: data.photos is not None,
+        Domain.MIXED: data.synthetic is not None and data.photos is not None,
     }
-    stages = PROCEDURES[settings.procedure].stages
-    found = [stage for stage in stages if present[stage.images]]
-    if found and (material.synthetic or not found[0].whole):
-        return found
-    options = {Images.SYNTHETIC: "--synth-dir", Images.REAL: "--real-dir"}
-    needed = "--synth-dir and --real-dir" if stages[0].whole else options[stages[0].images]
+    wanted = METHODS[settings.method].phases
+    possible = [phase for phase in wanted if present[phase.domain]]
+    if possible and (data.synthetic or not possible[0].all_steps):
+        return possible
+    options = {Domain.SYNTHETIC: "--synth-dir", Domain.REAL: "--real-dir"}
+    needed = "--synth-dir and --real-dir" if wanted[0].all_steps else options[wanted[0].domain]
     raise ConfigError(
-        f"--procedure {settings.procedure} needs {needed}"
-        + ("; how many steps it takes follows from the synthetic images" if stages[0].whole else "")
+        f"--method {settings.method} needs {needed}"
+        + ("; its number of steps follows from the synthetic images" if wanted[0].all_steps else "")
     )
 
 
-def synthetic_student(settings: TrainSettings, material: Material, work: Path) -> Student:
-    """The student after the stage of the synthetic images alone, which is the first of its procedure.
+def synthetic_student(settings: TrainSettings, data: TrainingData, work: Path) -> Student:
+    """The student after the phase on synthetic images alone, the first of its method.
 
     The result is kept in `work/synthetic`, where an interrupted run finds it.
     """
@@ -233,56 +326,59 @@ def synthetic_student(settings: TrainSettings, material: Material, work: Path) -
 
     if (work / SYNTHETIC / CONFIG).exists():
         return load_student(work / SYNTHETIC)
-    student = untrained_student(settings, material)
-    learn(student, PROCEDURES[settings.procedure].stages[0], settings, material, work)
+    student = untrained_student(settings, data)
+    run_phase(student, METHODS[settings.method].phases[0], settings, data, work)
     student.save(work / SYNTHETIC)
     return student
 
 
-def learn(student: Student, stage: Stage, settings: TrainSettings, material: Material, work: Path) -> None:
-    """Run one stage on a student, in place.
+def run_phase(
+    student: Student, phase: Phase, settings: TrainSettings, data: TrainingData, work: Path
+) -> None:
+    """Train a student through one phase, in place.
 
     Args:
-        student: what is trained.
-        stage: how.
-        settings: of the command.
-        material: what there is to learn from.
-        work: folder for the stage's checkpoint and curves.
+        student: the student.
+        phase: one phase of the settings' method.
+        settings: of `train`.
+        data: the images to learn from.
+        work: folder for the phase's checkpoint and curves.
     """
     from synthkit.learning.auxiliary_norm import auxiliary_norms
     from synthkit.learning.fit import fit
     from synthkit.learning.students import SYNTHETIC
 
-    if stage.new_head:
+    if phase.new_head:
         student.new_head(settings.seed)
     student.model.requires_grad_(True)
-    kept, look = _held_out(student, stage, settings, material)
-    kind = stage.images.name.lower()
-    checkpoint = work / f".{kind}.safetensors"
-    norms = auxiliary_norms(student.model, student.architecture) if stage.auxiliary_norm else nullcontext()
+    remaining, validate = _hold_out(student, phase, settings, data)
+    name = phase.domain.value
+    checkpoint = work / f".{name}.safetensors"
+    norms = auxiliary_norms(student.model, student.architecture) if phase.auxiliary_norm else nullcontext()
     with norms:
         fit(
             student,
-            _lesson(student, stage, settings, kept),
-            _fit_settings(settings, _steps(stage, settings, material), stage),
-            label=f"train on {kind}",
+            _batches(student, phase, settings, remaining),
+            _fit_settings(settings, _gradient_steps(phase, settings, data), phase),
+            label=f"train on {name}",
             checkpoint=checkpoint,
-            curves=(work / SYNTHETIC if stage.images is Images.SYNTHETIC else work) / CURVES,
-            held_out=look,
+            curves=(work / SYNTHETIC if phase.domain is Domain.SYNTHETIC else work) / CURVES,
+            held_out=validate,
         )
     checkpoint.unlink(missing_ok=True)
 
 
-def _held_out(
-    student: Student, stage: Stage, settings: TrainSettings, material: Material
-) -> tuple[Material, Callable[[], float] | None]:
-    """What is left to learn from, and what looks at the photos held out of a stage that learns photos."""
+def _hold_out(
+    student: Student, phase: Phase, settings: TrainSettings, data: TrainingData
+) -> tuple[TrainingData, Callable[[], float] | None]:
+    """The data that is left to learn from, and the top-1 on the photos held out, if any are."""
     from synthkit.learning.fit import Examples
 
     count = settings.held_out
-    if not count or material.photos is None or stage.images is Images.SYNTHETIC:
-        return material, None
-    photos = material.photos.distinct()  # a copy of a photo held out must not be learned
+    if not count or data.photos is None or phase.domain is Domain.SYNTHETIC:
+        return data, None
+    # A copy of a photo that is held out must not be learned.
+    photos = data.photos.distinct()
     fewest, name = min((number, name) for name, number in photos.counts().items())
     if fewest < 2 * count:
         log.warning(
@@ -290,47 +386,49 @@ def _held_out(
             "train.held_out = %d takes %d of each class",
             *(name, fewest, count, 2 * count),
         )
-        return material, None
+        return data, None
     positions = k_shot(photos, count, settings.seed)
     others = np.setdiff1d(np.arange(len(photos)), positions)
     examples = Examples(photos.subset(positions), student.preprocessing)
     labels = examples.labels.numpy()
 
-    def look() -> float:
+    def validate() -> float:
         return top1(examples.logits(student, np.arange(len(examples))).argmax(1), labels)
 
-    return replace(material, photos=photos.subset(others)), look
+    return replace(data, photos=photos.subset(others)), validate
 
 
-def _lesson(student: Student, stage: Stage, settings: TrainSettings, material: Material) -> Batches:
-    """What a stage draws its batches from."""
+def _batches(student: Student, phase: Phase, settings: TrainSettings, data: TrainingData) -> Batches:
+    """The source of a phase's batches."""
     from synthkit.learning.fit import Examples
     from synthkit.learning.mixed_batches import Blend
 
-    real, synthetic = (
-        Examples(images, student.preprocessing) if images and stage.images is not absent else None
-        for images, absent in ((material.photos, Images.SYNTHETIC), (material.synthetic, Images.REAL))
+    needs_real, needs_synthetic = phase.domain is not Domain.SYNTHETIC, phase.domain is not Domain.REAL
+    real = Examples(data.photos, student.preprocessing) if data.photos and needs_real else None
+    synthetic = (
+        Examples(data.synthetic, student.preprocessing) if data.synthetic and needs_synthetic else None
     )
     if real is None or synthetic is None:
-        lesson = real or synthetic
-        assert lesson is not None
-        return lesson
-    asked_for = None if stage.auxiliary_norm else settings.real_share  # its norms take halves
-    share = asked_for or stage.share or len(real) / (len(real) + len(synthetic))
-    return Blend(real, synthetic, share, settings.real_weight if stage.weighted else None)
+        examples = real or synthetic
+        assert examples is not None
+        return examples
+    # The auxiliary norms take exactly half of each kind.
+    chosen = None if phase.auxiliary_norm else settings.real_share
+    share = chosen or phase.real_share or len(real) / (len(real) + len(synthetic))
+    return Blend(real, synthetic, share, settings.real_weight if phase.weighted_loss else None)
 
 
-def untrained_student(settings: TrainSettings, material: Material) -> Student:
-    """The student before any stage, from random or pretrained weights."""
+def untrained_student(settings: TrainSettings, data: TrainingData) -> Student:
+    """The student before training, with random or pretrained weights."""
     from synthkit.learning.students import new_student
 
     weights = Path(settings.weights) if settings.weights else None
     size = settings.image_size
     if size is None and not weights and not settings.pretrained:
-        size = _natural_size(material)
+        size = _native_size(data)
     return new_student(
         settings.student,
-        material.classes,
+        data.classes,
         pretrained=settings.pretrained,
         weights=weights,
         image_size=size,
@@ -338,47 +436,46 @@ def untrained_student(settings: TrainSettings, material: Material) -> Student:
     )
 
 
-def _natural_size(material: Material) -> int:
+def _native_size(data: TrainingData) -> int:
     """Input side that loses nothing of the synthetic images and wastes nothing on them."""
-    if material.synthetic is None:
+    if data.synthetic is None:
         return _SMALL
     from PIL import Image
 
-    with Image.open(material.synthetic.items[0].path) as image:
+    with Image.open(data.synthetic.items[0].path) as image:
         width, height = image.size
     return int(min(max(width, height), _LARGEST))
 
 
-def synthetic_steps(settings: TrainSettings, material: Material) -> int:
-    """Gradient steps of the synthetic stage."""
-    if material.synthetic is None:
+def synthetic_steps(settings: TrainSettings, data: TrainingData) -> int:
+    """Gradient steps of the phase on synthetic images."""
+    if data.synthetic is None:
         return 0
-    return settings.epochs * math.ceil(len(material.synthetic) / settings.batch_size)
+    return settings.epochs * math.ceil(len(data.synthetic) / settings.batch_size)
 
 
-def _steps(stage: Stage, settings: TrainSettings, material: Material) -> int:
-    """Gradient steps of a stage."""
-    if stage.whole:
-        return synthetic_steps(settings, material) + settings.real_steps
-    if stage.images is Images.SYNTHETIC:
-        return synthetic_steps(settings, material)
+def _gradient_steps(phase: Phase, settings: TrainSettings, data: TrainingData) -> int:
+    if phase.all_steps:
+        return synthetic_steps(settings, data) + settings.real_steps
+    if phase.domain is Domain.SYNTHETIC:
+        return synthetic_steps(settings, data)
     return settings.real_steps
 
 
 def real_fit_settings(settings: TrainSettings) -> FitSettings:
-    """How all layers learn the real photos after the synthetic images."""
-    return _fit_settings(settings, settings.real_steps, Stage(Images.REAL))
+    """Settings of `fit` for all layers on the photos after the synthetic images."""
+    return _fit_settings(settings, settings.real_steps, Phase(Domain.REAL))
 
 
-def _fit_settings(settings: TrainSettings, steps: int, stage: Stage) -> FitSettings:
+def _fit_settings(settings: TrainSettings, steps: int, phase: Phase) -> FitSettings:
     from synthkit.learning.fit import FitSettings
 
-    real = stage.images is Images.REAL
+    real = phase.domain is Domain.REAL
     return FitSettings(
         steps,
         settings.lr,
         min(settings.batch_size, _REAL_BATCH) if real else settings.batch_size,
-        mixup=settings.mixup if stage.mixup else 0.0,
+        mixup=settings.mixup if phase.mixup else 0.0,
         seed=settings.seed,
         opt=settings.opt,
         schedule=settings.schedule,

@@ -21,7 +21,7 @@ from synthkit.recipes.settings import (
     StyleSettings,
     TrainSettings,
 )
-from synthkit.recipes.train import Material, Train
+from synthkit.recipes.train import Train, TrainingData
 
 
 def key(stage: Stage) -> str:
@@ -63,12 +63,12 @@ def generate(
     return run_stage(generate_stage(settings, engines, words, style, out, **more), force=force)
 
 
-def train_stage(settings: TrainSettings, material: Material, out: Path) -> Train:
-    return Train(settings, out, material.synthetic, material.photos)
+def train_stage(settings: TrainSettings, data: TrainingData, out: Path) -> Train:
+    return Train(settings, out, data.synthetic, data.photos)
 
 
-def train(settings: TrainSettings, material: Material, out: Path, force: bool = False) -> StageResult:
-    return run_stage(train_stage(settings, material, out), force=force)
+def train(settings: TrainSettings, data: TrainingData, out: Path, force: bool = False) -> StageResult:
+    return run_stage(train_stage(settings, data, out), force=force)
 
 
 def adapt(

@@ -22,10 +22,10 @@ from synthkit.errors import DataError, ModelError
 from synthkit.learning.curves import CURVES
 from synthkit.recipes.adaptation.selection import Choice, choose_path
 from synthkit.recipes.adaptation.strategies import FULL, Site, Start, candidates, course, follow
-from synthkit.recipes.procedures import BRIDGED
 from synthkit.recipes.settings import AdaptSettings, TrainSettings
 from synthkit.recipes.train import (
-    Material,
+    BRIDGED,
+    TrainingData,
     check_settings,
     untrained_student,
     weights_fingerprint,
@@ -113,7 +113,7 @@ def _start(student_dir: Path | None, training: TrainSettings, photos: ImageSet) 
     from synthkit.learning.students import SYNTHETIC, has_learned, load_student
 
     if student_dir is None:
-        return Start(untrained_student(training, Material(None, photos)), False, None)
+        return Start(untrained_student(training, TrainingData(None, photos)), False, None)
     synthetic = student_dir / SYNTHETIC
     student = load_student(synthetic if synthetic.is_dir() else student_dir)
     if set(student.classes) != set(photos.classes):
@@ -127,7 +127,7 @@ def _start(student_dir: Path | None, training: TrainSettings, photos: ImageSet) 
     if learned:
         log.warning(
             "adapt: %s has learned these very photos, so cross-validation favours leaving it unchanged; "
-            "name the path with --layers, or adapt the student of --procedure synthetic",
+            "name the path with --layers, or adapt the student of --method synthetic",
             student_dir,
         )
     return Start(student, True, None)
@@ -139,7 +139,7 @@ def _as_full(student_dir: Path, training: TrainSettings) -> Student | None:
 
     manifest = read_manifest(student_dir)
     same = manifest is not None and manifest.settings == {"train": asdict(training)}
-    return load_student(student_dir) if same and training.procedure == BRIDGED else None
+    return load_student(student_dir) if same and training.method == BRIDGED else None
 
 
 def _student(site: Site, choice: Choice, curves: Path) -> Student:

@@ -27,7 +27,7 @@ from synthkit.metrics.classification import top1, wilson_interval
 from synthkit.recipes.adaptation.strategies import LAST, AdaptPath, Site, Start, course, follow
 from synthkit.recipes.settings import AdaptSettings, TrainSettings
 from synthkit.recipes.train import (
-    Material,
+    TrainingData,
     real_fit_settings,
     synthetic_steps,
     untrained_student,
@@ -130,7 +130,7 @@ class Probe:
     @cached_property
     def initial(self) -> Student:
         """The student that every training begins with."""
-        return untrained_student(self.training, Material(self.like or self.synthetic, self.real))
+        return untrained_student(self.training, TrainingData(self.like or self.synthetic, self.real))
 
     @cached_property
     def labels(self) -> np.ndarray:
@@ -146,7 +146,7 @@ class Probe:
 
         One learning rate for all layers: a student that was cut has no groups of them.
         """
-        steps = synthetic_steps(self.training, Material(self.like or self.synthetic, None))
+        steps = synthetic_steps(self.training, TrainingData(self.like or self.synthetic, None))
         return real_fit_settings(replace(self.training, real_steps=steps, layer_decay=1.0))
 
     def cell(self, name: str, measure: Callable[[Path], float], **about: Any) -> float:
@@ -409,7 +409,7 @@ def run_probe(
     Raises:
         DataError: the sets are of different classes.
     """
-    _ = Material(probe.synthetic, probe.real).classes  # refuses different classes
+    _ = TrainingData(probe.synthetic, probe.real).classes  # refuses different classes
     on_curve = list(curve(probe, settings.points))
     found = {
         "units": [unit[0].rpartition(".")[0] for unit in probe.initial.units()],

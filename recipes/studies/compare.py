@@ -29,9 +29,8 @@ from synthkit.metrics import classification as metrics
 from synthkit.models import model_fingerprint, resolve_model
 from synthkit.recipes.build_engines import BuildEngines
 from synthkit.recipes.chain import ChainSettings, Workspace
-from synthkit.recipes.procedures import BRIDGED
 from synthkit.recipes.studies.methods import ADAPTED, METHODS, Draw, answers
-from synthkit.recipes.train import weights_fingerprint
+from synthkit.recipes.train import BRIDGED, weights_fingerprint
 
 _PREDICTIONS = "predictions.json"
 
@@ -74,12 +73,12 @@ def measure(draw: Draw, test: ImageSet, methods: Sequence[str]) -> dict[str, np.
 
 
 def seeded(settings: ChainSettings, seed: int) -> ChainSettings:
-    """The same settings with one seed for every stage that draws; the chain's procedure is bridged++."""
+    """The same settings with one seed for every stage; the chain's training method is bridged++."""
     return replace(
         settings,
         style=replace(settings.style, seed=seed),
         generate=replace(settings.generate, seed=seed),
-        train=replace(settings.train, seed=seed, procedure=BRIDGED),
+        train=replace(settings.train, seed=seed, method=BRIDGED),
         adapt=replace(settings.adapt, seed=seed),
     )
 

@@ -2,7 +2,7 @@
 
     photos ──chain──► synthetic/ ──► student/synthetic/ ──► student/ ──► adapted/ ──► bundle/
        │              "synthetic"                          "bridged++"              "adapted"
-       ├──synthetic/ and photos, other procedures──► procedures/<procedure>/
+       ├──synthetic/ and photos, other training methods──► methods/<method>/
        ├──student/synthetic/, last units on the photos──► last-<N>/
        └──other prompts──► <variant>/{style,synthetic,student}/
 
@@ -29,7 +29,7 @@ from synthkit.recipes.adaptation.adapt import Adapt
 from synthkit.recipes.chain import Chain, ChainSettings, Workspace
 from synthkit.recipes.device.evaluate import predict_labels
 from synthkit.recipes.learn_style import TOKEN_FILE
-from synthkit.recipes.procedures import PROCEDURES
+from synthkit.recipes.train import METHODS as TRAINING_METHODS
 from synthkit.recipes.train import Train
 
 FEW_SHOT, SYNTHETIC_ONLY, BRIDGED, ADAPTED = "few-shot", "synthetic", "bridged++", "adapted"
@@ -110,17 +110,17 @@ VARIANTS = {
 }
 
 
-def by_procedure(draw: Draw, procedure: str, **changes: Any) -> Path:
-    """The student that a procedure makes of the draw's synthetic images and photos.
+def by_training_method(draw: Draw, method: str, **changes: Any) -> Path:
+    """The student that a training method makes of the draw's synthetic images and photos.
 
     Args:
         draw: the photos.
-        procedure: a key of `PROCEDURES`.
+        method: a key of `synthkit.recipes.train.METHODS`.
         changes: settings of `train` to change.
     """
-    settings = override(draw.settings.train, {"procedure": procedure, **changes})
-    folder = "-".join([procedure, *(f"{name}={value}" for name, value in changes.items())])
-    out = draw.place.root / "procedures" / folder
+    settings = override(draw.settings.train, {"method": method, **changes})
+    folder = "-".join([method, *(f"{name}={value}" for name, value in changes.items())])
+    out = draw.place.root / "methods" / folder
     return run_stage(Train(settings, out, draw.stage("generate").out, draw.photos)).out
 
 
@@ -179,8 +179,8 @@ def _alone(method: str, title: str) -> Method:
     return Method(f"synthetic only, {title}", lambda draw: synthetic_only(draw, method))
 
 
-def _procedure(name: str) -> Method:
-    return Method(PROCEDURES[name].title, lambda draw: by_procedure(draw, name))
+def _training_method(name: str) -> Method:
+    return Method(TRAINING_METHODS[name].title, lambda draw: by_training_method(draw, name))
 
 
 def _last(count: int) -> Method:
@@ -191,22 +191,24 @@ def _last(count: int) -> Method:
 #: Name -> method, in the order of the tables.
 METHODS = {
     FEW_SHOT: Method(
-        "few-shot only, same number of steps", lambda draw: by_procedure(draw, "vanilla-matched")
+        "few-shot only, same number of steps", lambda draw: by_training_method(draw, "vanilla-matched")
     ),
     "vanilla": Method(
-        "few-shot only, steps of the real stage alone", lambda draw: by_procedure(draw, "vanilla")
+        "few-shot only, steps of the real stage alone", lambda draw: by_training_method(draw, "vanilla")
     ),
-    "vanilla-mixup": _procedure("vanilla-mixup"),
+    "vanilla-mixup": _training_method("vanilla-mixup"),
     PLAIN: _alone(PLAIN, "plain prompts"),
     CONTROL: _alone(CONTROL, "untrained token"),
     SYNTHETIC_ONLY: _alone(SYNTHETIC_ONLY, "learned style"),
     CLUSTERED: _alone(CLUSTERED, f"{_CLUSTERS} learned styles"),
     HALF_PLAIN: _alone(HALF_PLAIN, "half learned style, half plain prompts"),
-    "mixed": _procedure("mixed"),
-    "mixed-half": Method("both, half a batch each", lambda draw: by_procedure(draw, "mixed", real_share=0.5)),
-    "joint": _procedure("joint"),
-    "mixed-auxbn": _procedure("mixed-auxbn"),
-    "bridged": _procedure("bridged"),
+    "mixed": _training_method("mixed"),
+    "mixed-half": Method(
+        "both, half a batch each", lambda draw: by_training_method(draw, "mixed", real_share=0.5)
+    ),
+    "joint": _training_method("joint"),
+    "mixed-auxbn": _training_method("mixed-auxbn"),
+    "bridged": _training_method("bridged"),
     BRIDGED: Method("bridged++", lambda draw: draw.stage("train").out),
     **{f"last-{count}": _last(count) for count in (1, 2, 4)},
     ADAPTED: Method("adapted bundle", lambda draw: draw.stage("export").out),

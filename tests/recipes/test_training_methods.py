@@ -1,4 +1,4 @@
-"""Every procedure trains what it says, for the number of steps that makes it comparable."""
+"""Every training method trains what it says, for the number of steps that makes it comparable."""
 
 from __future__ import annotations
 
@@ -23,9 +23,8 @@ from synthkit.learning import fit as training
 from synthkit.learning.fit import Examples, FitSettings
 from synthkit.learning.mixed_batches import Blend
 from synthkit.learning.students import SYNTHETIC, load_student
-from synthkit.recipes.procedures import BRIDGED, PROCEDURES
 from synthkit.recipes.settings import TrainSettings
-from synthkit.recipes.train import Material
+from synthkit.recipes.train import BRIDGED, METHODS, TrainingData
 from tests.stages import given, key, train, train_stage
 from tests.tiny_students import CLASSES, colour_folders, lively_student
 
@@ -34,9 +33,9 @@ Runs = list[tuple[str, Any, FitSettings]]
 
 
 @pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
-    home = tmp_path_factory.mktemp("material")
-    return Material(
+def data(tmp_path_factory: pytest.TempPathFactory) -> TrainingData:
+    home = tmp_path_factory.mktemp("data")
+    return TrainingData(
         ImageSet.scan(colour_folders(home / "synthetic", CLASSES, each=4)),
         ImageSet.scan(colour_folders(home / "few_shots", CLASSES, each=2, seed=1, side=40)),
     )
@@ -65,9 +64,9 @@ def equal(one: Path, other: Path) -> bool:
     return all(torch.equal(left[key], right[key]) for key in left)
 
 
-def test_settings_and_table_name_the_same_procedures() -> None:
-    assert set(get_args(get_type_hints(TrainSettings)["procedure"])) == set(PROCEDURES)
-    assert TrainSettings().procedure == BRIDGED
+def test_settings_and_table_name_the_same_methods() -> None:
+    assert set(get_args(get_type_hints(TrainSettings)["method"])) == set(METHODS)
+    assert TrainSettings().method == BRIDGED
 
 
 # Name -> (label, steps, images per step, Mixup) of every stage; 4 steps on synthetic images, 3 on real ones.
@@ -76,18 +75,18 @@ EXPECTED = {
     "vanilla-matched": [("train on real", 7, 8, 0.0)],
     "vanilla-mixup": [("train on real", 7, 8, 0.2)],
     "synthetic": [("train on synthetic", 4, 8, 0.2)],
-    "mixed": [("train on both", 7, 8, 0.0)],
-    "joint": [("train on both", 7, 8, 0.0)],
-    "mixed-auxbn": [("train on both", 7, 8, 0.0)],
+    "mixed": [("train on mixed", 7, 8, 0.0)],
+    "joint": [("train on mixed", 7, 8, 0.0)],
+    "mixed-auxbn": [("train on mixed", 7, 8, 0.0)],
     "bridged": [("train on synthetic", 4, 8, 0.0), ("train on real", 3, 8, 0.0)],
     "bridged++": [("train on synthetic", 4, 8, 0.2), ("train on real", 3, 8, 0.0)],
 }
 
 
-@pytest.mark.parametrize("name", PROCEDURES)
-def test_stages_and_steps(material: Material, tmp_path: Path, runs: Runs, name: str) -> None:
-    settings = replace(SETTINGS, procedure=name)  # type: ignore[arg-type]
-    result = train(settings, material, tmp_path / "student")
+@pytest.mark.parametrize("name", METHODS)
+def test_stages_and_steps(data: TrainingData, tmp_path: Path, runs: Runs, name: str) -> None:
+    settings = replace(SETTINGS, method=name)  # type: ignore[arg-type]
+    result = train(settings, data, tmp_path / "student")
     assert [(label, one.steps, one.batch_size, one.mixup) for label, _, one in runs] == EXPECTED[name]
     metrics = result.manifest.metrics
     total = sum(metrics[key] for key in metrics if key.endswith("_steps"))
@@ -100,7 +99,7 @@ def test_stages_and_steps(material: Material, tmp_path: Path, runs: Runs, name: 
     assert not [path for path in result.out.rglob(".*") if path.name != ".key.json"]
 
 
-def test_what_is_blended(material: Material, tmp_path: Path, runs: Runs) -> None:
+def test_what_is_blended(data: TrainingData, tmp_path: Path, runs: Runs) -> None:
     asked = [
         ("mixed", {}, 1 / 3, None),  # 6 photos of 18 images
         ("mixed", {"real_share": 0.25}, 0.25, None),
@@ -109,46 +108,46 @@ def test_what_is_blended(material: Material, tmp_path: Path, runs: Runs) -> None
         ("mixed-auxbn", {}, 0.5, None),
     ]
     for number, (name, changes, share, weight) in enumerate(asked):
-        settings = replace(SETTINGS, real_steps=0, epochs=1, procedure=name, **changes)  # type: ignore[arg-type]
-        train(settings, material, tmp_path / str(number))
+        settings = replace(SETTINGS, real_steps=0, epochs=1, method=name, **changes)  # type: ignore[arg-type]
+        train(settings, data, tmp_path / str(number))
         lesson = runs[-1][1]
         assert isinstance(lesson, Blend) and (lesson.share, lesson.weight) == (pytest.approx(share), weight)
-    assert isinstance(train_lesson(material, tmp_path, runs), Examples)
+    assert isinstance(train_lesson(data, tmp_path, runs), Examples)
 
 
-def train_lesson(material: Material, tmp_path: Path, runs: Runs) -> Any:
-    train(replace(SETTINGS, real_steps=1, procedure="vanilla"), material, tmp_path / "vanilla")
+def train_lesson(data: TrainingData, tmp_path: Path, runs: Runs) -> Any:
+    train(replace(SETTINGS, real_steps=1, method="vanilla"), data, tmp_path / "vanilla")
     return runs[-1][1]
 
 
-def test_bridged_keeps_the_head_and_bridged_plus_does_not(material: Material, tmp_path: Path) -> None:
+def test_bridged_keeps_the_head_and_bridged_plus_does_not(data: TrainingData, tmp_path: Path) -> None:
     for name, kept in (("bridged", True), (BRIDGED, False)):
-        settings = replace(SETTINGS, real_steps=0, procedure=name)  # type: ignore[arg-type]
-        out = train(settings, material, tmp_path / name).out
+        settings = replace(SETTINGS, real_steps=0, method=name)  # type: ignore[arg-type]
+        out = train(settings, data, tmp_path / name).out
         assert equal(out, out / SYNTHETIC) is kept
 
 
-def test_matched_vanilla_is_the_photos_alone_for_all_steps(material: Material, tmp_path: Path) -> None:
-    matched = train(replace(SETTINGS, procedure="vanilla-matched"), material, tmp_path / "matched").out
+def test_matched_vanilla_is_the_photos_alone_for_all_steps(data: TrainingData, tmp_path: Path) -> None:
+    matched = train(replace(SETTINGS, method="vanilla-matched"), data, tmp_path / "matched").out
     alone = replace(SETTINGS, real_steps=7, image_size=32)
-    assert equal(matched, train(alone, replace(material, synthetic=None), tmp_path / "alone").out)
+    assert equal(matched, train(alone, replace(data, synthetic=None), tmp_path / "alone").out)
 
 
 @pytest.mark.parametrize(
     ("name", "missing", "text"),
     [
-        ("vanilla", "photos", "--procedure vanilla needs --real-dir"),
-        ("vanilla-matched", "synthetic", "needs --synth-dir and --real-dir; how many steps"),
-        ("synthetic", "synthetic", "--procedure synthetic needs --synth-dir"),
-        ("mixed", "photos", "--procedure mixed needs --synth-dir and --real-dir"),
+        ("vanilla", "photos", "--method vanilla needs --real-dir"),
+        ("vanilla-matched", "synthetic", "needs --synth-dir and --real-dir; its number of steps"),
+        ("synthetic", "synthetic", "--method synthetic needs --synth-dir"),
+        ("mixed", "photos", "--method mixed needs --synth-dir and --real-dir"),
     ],
 )
-def test_what_a_procedure_needs_is_named(
-    material: Material, tmp_path: Path, name: str, missing: str, text: str
+def test_what_a_method_needs_is_named(
+    data: TrainingData, tmp_path: Path, name: str, missing: str, text: str
 ) -> None:
     with pytest.raises(ConfigError, match=text):
-        settings = replace(SETTINGS, procedure=name)  # type: ignore[arg-type]
-        train(settings, replace(material, **{missing: None}), tmp_path / "student")
+        settings = replace(SETTINGS, method=name)  # type: ignore[arg-type]
+        train(settings, replace(data, **{missing: None}), tmp_path / "student")
 
 
 @pytest.mark.parametrize(
@@ -159,20 +158,20 @@ def test_what_a_procedure_needs_is_named(
         ({"layer_decay": 0.0}, "layer_decay = 0.0: must be above 0"),
         ({"ema": 1.0}, "ema = 1.0: must be below 1"),
         ({"accumulate": 3}, "accumulate = 3: batches of 8 images cannot be cut"),
-        ({"procedure": "mixed-auxbn", "batch_size": 7}, "batch_size = 7: mixed-auxbn"),
+        ({"method": "mixed-auxbn", "batch_size": 7}, "batch_size = 7: mixed-auxbn"),
     ],
 )
 def test_values_out_of_range_are_refused(
-    material: Material, tmp_path: Path, changes: dict[str, Any], text: str
+    data: TrainingData, tmp_path: Path, changes: dict[str, Any], text: str
 ) -> None:
     with pytest.raises(ConfigError, match=text):
-        train(replace(SETTINGS, **changes), material, tmp_path / "student")
+        train(replace(SETTINGS, **changes), data, tmp_path / "student")
 
 
-def test_every_setting_but_the_device_counts(material: Material, tmp_path: Path) -> None:
-    usual = key(train_stage(SETTINGS, material, tmp_path))
+def test_every_setting_but_the_device_counts(data: TrainingData, tmp_path: Path) -> None:
+    usual = key(train_stage(SETTINGS, data, tmp_path))
     changes: list[dict[str, Any]] = [
-        {"procedure": "joint"},
+        {"method": "joint"},
         {"real_share": 0.4},
         {"real_weight": 0.7},
         {"held_out": 1},
@@ -184,17 +183,17 @@ def test_every_setting_but_the_device_counts(material: Material, tmp_path: Path)
         {"amp": True},
         {"accumulate": 2},
     ]
-    keys = [key(train_stage(replace(SETTINGS, **one), material, tmp_path)) for one in changes]
+    keys = [key(train_stage(replace(SETTINGS, **one), data, tmp_path)) for one in changes]
     assert len({usual, *keys}) == len(changes) + 1
-    assert key(train_stage(replace(SETTINGS, device="cpu"), material, tmp_path)) == usual
+    assert key(train_stage(replace(SETTINGS, device="cpu"), data, tmp_path)) == usual
 
 
 def test_the_student_does_not_depend_on_names_and_order_of_the_files(
-    material: Material, tmp_path: Path
+    data: TrainingData, tmp_path: Path
 ) -> None:
     """Nor on where the folders lie."""
     sets = []
-    for index, images in enumerate((material.synthetic, material.photos)):
+    for index, images in enumerate((data.synthetic, data.photos)):
         assert images is not None
         for item in reversed(images.items):  # written in another order, under other names
             folder = tmp_path / f"elsewhere {index}" / images.classes[item.label] / item.sha256[:2]
@@ -202,16 +201,16 @@ def test_the_student_does_not_depend_on_names_and_order_of_the_files(
             shutil.copy(item.path, folder / f"photo {item.sha256[5:]}.png")
         sets.append(ImageSet.scan(tmp_path / f"elsewhere {index}"))
     for name in (BRIDGED, "mixed"):
-        settings = replace(SETTINGS, procedure=name, held_out=1)  # type: ignore[arg-type]
-        here = train(settings, material, tmp_path / name)
-        there = train(settings, Material(*sets), tmp_path / "other" / name)
+        settings = replace(SETTINGS, method=name, held_out=1)  # type: ignore[arg-type]
+        here = train(settings, data, tmp_path / name)
+        there = train(settings, TrainingData(*sets), tmp_path / "other" / name)
         assert here.manifest.key == there.manifest.key
         assert here.manifest.outputs == there.manifest.outputs
 
 
-def test_held_out_photos_choose_and_are_not_learned(material: Material, tmp_path: Path, runs: Runs) -> None:
+def test_held_out_photos_choose_and_are_not_learned(data: TrainingData, tmp_path: Path, runs: Runs) -> None:
     settings = replace(SETTINGS, held_out=1)
-    out = train(settings, material, tmp_path / "student").out
+    out = train(settings, data, tmp_path / "student").out
     assert [len(lesson) for _, lesson, _ in runs] == [12, 3]
     curves = json.loads((out / "curves.json").read_text("utf-8"))
     assert [step for step, _ in curves["validation"]] == [1, 2, 3]
@@ -219,9 +218,9 @@ def test_held_out_photos_choose_and_are_not_learned(material: Material, tmp_path
 
 
 def test_too_few_photos_hold_nothing_out_and_say_so(
-    material: Material, tmp_path: Path, runs: Runs, caplog: pytest.LogCaptureFixture
+    data: TrainingData, tmp_path: Path, runs: Runs, caplog: pytest.LogCaptureFixture
 ) -> None:
-    train(replace(SETTINGS, held_out=2), material, tmp_path / "student")
+    train(replace(SETTINGS, held_out=2), data, tmp_path / "student")
     assert [len(lesson) for _, lesson, _ in runs] == [12, 6]
     assert "no photos are held out and the last weights are kept, since" in caplog.text
     assert "has 2 photos; train.held_out = 2 takes 4 of each class" in caplog.text
@@ -231,25 +230,25 @@ def call(workspace: Path, *words: str | Path) -> Any:
     return CliRunner().invoke(main, ["--workspace", str(workspace), "train", *map(str, words)])
 
 
-def folders(material: Material) -> list[str | Path]:
-    assert material.synthetic and material.photos
-    return ["--synth-dir", material.synthetic.root, "--real-dir", material.photos.root]
+def folders(data: TrainingData) -> list[str | Path]:
+    assert data.synthetic and data.photos
+    return ["--synth-dir", data.synthetic.root, "--real-dir", data.photos.root]
 
 
 QUICK = "--student test_resnet --epochs 1 --set train.real_steps=2 --set train.batch_size=8".split()
 
 
-def test_the_command_takes_procedure_and_options(material: Material, tmp_path: Path) -> None:
+def test_the_command_takes_method_and_options(data: TrainingData, tmp_path: Path) -> None:
     settings = (
         "real_weight=0.7 opt=sgd schedule=cosine layer_decay=0.8 ema=0.5 augment=rand-m5 amp=true "
         "accumulate=2 held_out=1 device=cpu"
     )
-    options = ["--procedure", "joint", *given(*(f"train.{one}" for one in settings.split()))]
-    result = call(tmp_path / "w", *folders(material), *QUICK, *options, "--json")
+    options = ["--method", "joint", *given(*(f"train.{one}" for one in settings.split()))]
+    result = call(tmp_path / "w", *folders(data), *QUICK, *options, "--json")
     assert result.exit_code == 0, result.stderr
     answer = json.loads(result.stdout)
     assert answer["mixed_steps"] == 4 and load_student(tmp_path / "w/student").classes
-    again = call(tmp_path / "w", *folders(material), *QUICK, *options)
+    again = call(tmp_path / "w", *folders(data), *QUICK, *options)
     assert (
         "joint: 0 steps on 12 synthetic, 0 on 6 real images, 4 on both (unchanged, skipped)" in again.stdout
     )
@@ -264,17 +263,17 @@ def test_the_same_image_in_two_classes_is_refused_by_name(tmp_path: Path) -> Non
     assert str(photos / "a" / "0.png") in result.stderr and str(photos / "b" / "copy.png") in result.stderr
 
 
-def test_a_learning_rate_that_blows_up_ends_in_one_line(material: Material, tmp_path: Path) -> None:
-    result = call(tmp_path / "w", *folders(material), *QUICK, *given("train.lr=1e30"))
+def test_a_learning_rate_that_blows_up_ends_in_one_line(data: TrainingData, tmp_path: Path) -> None:
+    result = call(tmp_path / "w", *folders(data), *QUICK, *given("train.lr=1e30"))
     assert result.exit_code == 1 and result.stderr.strip().count("\n") == 0, result.stderr
     assert "with a peak learning rate of 1e+30; lower it" in result.stderr
     assert not (tmp_path / "w/student").exists()
 
 
-def test_weights_of_another_architecture_name_it(material: Material, tmp_path: Path) -> None:
+def test_weights_of_another_architecture_name_it(data: TrainingData, tmp_path: Path) -> None:
     lively_student(name="resnet10t").save(tmp_path / "weights")
     weights = tmp_path / "weights" / "model.safetensors"
-    result = call(tmp_path / "w", *folders(material), *QUICK, "--weights", weights)
+    result = call(tmp_path / "w", *folders(data), *QUICK, "--weights", weights)
     assert result.exit_code == 1 and result.stderr.count("\n") == 1
     assert "holds no weights of test_resnet" in result.stderr
     assert "; they are weights of resnet10t; name the architecture" in result.stderr

@@ -45,7 +45,7 @@ def _method_names(_context: click.Context, _option: click.Parameter, text: str) 
     callback=_method_names,
     default="few-shot,synthetic,bridged++,adapted",
     show_default=True,
-    help="What to compare; few-shot is the procedure vanilla-matched. Also the procedures vanilla, "
+    help="What to compare; few-shot is the training method vanilla-matched. Also the methods vanilla, "
     "vanilla-mixup, mixed, mixed-half, joint, mixed-auxbn and bridged, the last units alone (last-1, last-2, "
     "last-4), synthetic images of other prompts: plain, control, clustered, half-plain.",
 )

@@ -20,7 +20,7 @@ from synthkit.cli import options
     "train.student",
     "train.weights",
     "train.pretrained",
-    "train.procedure",
+    "train.method",
     "train.epochs",
     "train.image_size",
     "train.seed",
@@ -39,12 +39,12 @@ def command(
 ) -> options.Output:
     """Train a student on the synthetic images, then, with a new head, on the real ones.
 
-    --procedure names other ways, which take the same images and, but for vanilla and synthetic, as many
+    --method names other ways, which take the same images and, but for vanilla and synthetic, as many
     gradient steps. Losses and learning rates are kept in curves.json.
 
     \b
     Example: synthkit train --real-dir ./few_shots --student resnet18 --epochs 30
-    Example: synthkit train --real-dir ./few_shots --procedure joint --set train.real_weight=0.9
+    Example: synthkit train --real-dir ./few_shots --method joint --set train.real_weight=0.9
     """
     from synthkit.artifacts import recorded_inputs, run_stage, workspace_lock
     from synthkit.data.images import ImageSet
@@ -61,7 +61,7 @@ def command(
         result = run_stage(stage, force=force)
     metrics = result.manifest.metrics
     text = (
-        f"{settings.student} in {stage.out}, {settings.procedure}: "
+        f"{settings.student} in {stage.out}, {settings.method}: "
         f"{metrics['synthetic_steps']} steps on {metrics['n_synthetic']} synthetic, "
         f"{metrics['real_steps']} on {metrics['n_real']} real images"
         + (f", {metrics['mixed_steps']} on both" if "mixed_steps" in metrics else "")

@@ -42,7 +42,7 @@ def auxiliary_norms(model: torch.nn.Module, architecture: str) -> Iterator[None]
     if not own:
         raise ConfigError(
             f"the student {architecture!r} has no BatchNorm, so it cannot have an auxiliary one; take "
-            "another student or --procedure mixed"
+            "another student or --method mixed"
         )
     for (parent, name), norm in own.items():
         setattr(parent, name, convert_splitbn_model(norm))

@@ -28,7 +28,7 @@ from synthkit.recipes.adaptation.adapt import Adapt, describe
 from synthkit.recipes.adaptation.selection import Verdict, choose_path
 from synthkit.recipes.adaptation.strategies import FULL, PATHS, Site, Start
 from synthkit.recipes.settings import AdaptSettings, TrainSettings
-from synthkit.recipes.train import Material
+from synthkit.recipes.train import TrainingData
 from tests.stages import adapt, key, train
 from tests.tiny_students import colour_folders
 
@@ -68,7 +68,7 @@ def good(home: Path) -> Student:
 @pytest.fixture(scope="module")
 def trained(home: Path, photos: ImageSet) -> Path:
     """What the stage `train` writes."""
-    return train(TRAINING, Material(scan(home / "synthetic", 4, 3), photos), home / "student").out
+    return train(TRAINING, TrainingData(scan(home / "synthetic", 4, 3), photos), home / "student").out
 
 
 def permuted(student: Student) -> Student:
@@ -229,12 +229,12 @@ def test_the_full_path_ends_where_train_does(trained: Path, photos: ImageSet, tm
     assert not moved(run(alone, photos, tmp_path / "followed", path="full").out, trained)
 
 
-@pytest.mark.parametrize(("procedure", "steps"), [("synthetic", 2), ("bridged", 2), ("bridged++", 3)])
+@pytest.mark.parametrize(("method", "steps"), [("synthetic", 2), ("bridged", 2), ("bridged++", 3)])
 def test_only_bridged_transfer_of_these_settings_is_taken_for_the_full_path(
-    home: Path, photos: ImageSet, tmp_path: Path, procedure: str, steps: int
+    home: Path, photos: ImageSet, tmp_path: Path, method: str, steps: int
 ) -> None:
-    settings = replace(TRAINING, procedure=procedure, real_steps=steps)  # type: ignore[arg-type]
-    made = train(settings, Material(scan(tmp_path / "drawn", 3, 3), photos), tmp_path / "student").out
+    settings = replace(TRAINING, method=method, real_steps=steps)  # type: ignore[arg-type]
+    made = train(settings, TrainingData(scan(tmp_path / "drawn", 3, 3), photos), tmp_path / "student").out
     assert moved(run(made, photos, tmp_path / "adapted", path="full").out, made)
 
 

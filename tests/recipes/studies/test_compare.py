@@ -36,7 +36,7 @@ QUICK = [
         *"learn-style.steps=2 learn-style.init_word=the learn-style.batch_size=4 generate.steps=1".split(),
         *"train.epochs=1 train.real_steps=2 train.batch_size=6 adapt.adapt_steps=2".split(),
     ),
-    *"--shots 1,2 --seeds 1 --seed 3 --set train.procedure=vanilla --methods".split(),
+    *"--shots 1,2 --seeds 1 --seed 3 --set train.method=vanilla --methods".split(),
     ",".join(reversed(COMPARED)),
 ]
 
@@ -81,7 +81,7 @@ def test_all_methods_saw_the_draw_and_nothing_else(compared: tuple[Path, dict[st
     workspace, _ = compared
     for shots in (1, 2):
         place = Workspace(workspace / f"{shots}-shot-3")
-        stages = [place.style, place.student, place.adapted, place.root / "procedures" / "vanilla-matched"]
+        stages = [place.style, place.student, place.adapted, place.root / "methods" / "vanilla-matched"]
         manifests = [json.loads((stage / "manifest.json").read_text("utf-8")) for stage in stages]
         assert len({manifest["inputs"]["photos"] for manifest in manifests}) == 1
         alone, bridged = manifests[3]["metrics"], manifests[1]["metrics"]
@@ -91,17 +91,17 @@ def test_all_methods_saw_the_draw_and_nothing_else(compared: tuple[Path, dict[st
         assert (plain["n_synthetic"], plain["n_real"]) == (bridged["n_synthetic"], 0)
 
 
-def test_procedures_take_the_bridge_s_steps_on_the_same_images(
+def test_training_methods_take_the_bridge_s_steps_on_the_same_images(
     compared: tuple[Path, dict[str, Any]],
 ) -> None:
     place = compared[0] / "2-shot-3"
     made = {
         path.name: json.loads((path / "manifest.json").read_text("utf-8"))
-        for path in place.glob("procedures/*")
+        for path in place.glob("methods/*")
     }
     bridged = json.loads((place / "student" / "manifest.json").read_text("utf-8"))
     assert bridged["metrics"]["synthetic_steps"] > 0, (
-        "the chain's own procedure is bridged++ whatever is asked"
+        "the chain's own method is bridged++ whatever is asked"
     )
     total = bridged["metrics"]["synthetic_steps"] + bridged["metrics"]["real_steps"]
     for folder in ("vanilla-mixup", "mixed", "mixed-real_share=0.5", "joint", "mixed-auxbn", "bridged"):
