@@ -270,8 +270,8 @@ def check_settings(settings: TrainSettings) -> None:
         (settings.ema >= 1, f"[train] ema = {settings.ema}: must be below 1, for example 0.99"),
         (
             parts > 1 and any(size % (2 * parts) for size in batches),
-            f"[train] accumulate = {parts}: batches of {' and '.join(map(str, sorted(batches)))} images cannot "
-            "be cut into so many equal parts of two images or more",
+            f"[train] accumulate = {parts}: batches of {' and '.join(map(str, sorted(batches)))} images "
+            "cannot be cut into so many equal parts of two images or more",
         ),
         (
             settings.method == "mixed-auxbn" and settings.batch_size % 2,
