@@ -93,7 +93,7 @@ def test_the_chain_ends_in_a_bundle_that_predicts(first: tuple[Site, dict[str, A
     site, answer = first
     assert done(answer) == list(answer["stages"]) == STAGES
     assert answer["n_test"] == 9 and 0 <= answer["top1"] <= 1 and set(answer["per_class"]) == set(COLOURS)
-    assert answer["seconds"] > 0 and answer["path"] and answer["reason"]
+    assert answer["seconds"] > 0 and answer["strategy"] and answer["reason"]
     result = site.call("predict", site.root / "test" / "red" / "0.png", "--json", photos=False)
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["predictions"][0]["label"] in COLOURS
@@ -252,7 +252,7 @@ def test_without_synthetic_images_the_photos_alone_count(site: Site, tmp_path: P
     weights = tmp_path / "weights"
     new_student("test_resnet", ("x", "y"), image_size=32).save(weights)
     answer = site.adapt("--no-synth", "--weights", weights, "--set", "adapt.layers=1")
-    assert done(answer) == STAGES[4:] and answer["path"] == "last-1"
+    assert done(answer) == STAGES[4:] and answer["strategy"] == "last-1"
     assert not (site.workspace / "engines").exists()
     assert site.adapt("--no-synth", "--weights", weights, "--set", "adapt.layers=1")["seconds"] == 0
     plan = site.adapt("--no-synth", "--weights", weights, "--set", "adapt.layers=2", "--dry-run")["plan"]
@@ -282,9 +282,17 @@ def test_the_workspace_remembers_its_engines(
         "asked for by name, even if it is the default"
     )
     assert engines(site, model="other/one") == EngineSettings(model="other/one")
+    shutil.copytree(site.workspace / "engines", tmp_path / "w" / "engines")
+    manifest = json.loads((tmp_path / "w" / "engines" / "manifest.json").read_text("utf-8"))
+    manifest["settings"]["build-engines"] |= {"batch": "1:8:8", "precision": "fp32", "size": 16}
+    (tmp_path / "w" / "engines" / "manifest.json").write_text(json.dumps(manifest))
+    made = engines(Site(tmp_path))
+    assert (made.batch, made.precision, made.size) == ("1:8:8", "fp32", 16)
+    usual = EngineSettings().batch
+    assert engines(Site(tmp_path), batch=usual).batch == usual, "given, so it wins, even as the default"
     changed = engines(site, precision="fp16")
     assert (changed.model, changed.precision) == (str(tiny_model.resolve()), "fp16")
-    assert engines(Site(tmp_path)) == EngineSettings()
+    assert engines(Site(tmp_path / "elsewhere")) == EngineSettings()
 
 
 def refusal(site: Site, words: Sequence[str | Path]) -> str:
@@ -292,6 +300,23 @@ def refusal(site: Site, words: Sequence[str | Path]) -> str:
     assert result.exit_code == 1 and result.stdout == "", result.output
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
     return result.stderr
+
+
+def test_the_settings_of_a_manifest_can_be_fed_back(site: Site) -> None:
+    """As they were recorded, and into another workspace."""
+    recorded = {
+        name: json.loads((site.workspace / folder / "manifest.json").read_text("utf-8"))["settings"]
+        for name, folder in zip(STAGES, "engines style synthetic student adapted bundle".split(), strict=True)
+    }
+    everything = {section: values for one in recorded.values() for section, values in one.items()}
+    assert list(everything) == ["build-engines", "learn-style", "generate", "filter", "train", "adapt", "export"]
+    recipe = site.root / "recipe.json"
+    recipe.write_text(json.dumps({"settings": everything}))
+    result = site.call("adapt", "--config", recipe, "--json")
+    assert done(json.loads(result.stdout)) == [], result.stderr
+    trained = site.workspace / "student" / "manifest.json"
+    result = site.call("train", "--config", trained, "--json")
+    assert json.loads(result.stdout)["skipped"], result.stderr
 
 
 def test_a_recipe_file_serves_the_whole_chain(site: Site, tmp_path: Path) -> None:
