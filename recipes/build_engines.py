@@ -31,7 +31,7 @@ from synthkit.engines.tensorrt.build_plan import (
     planned_specs,
     trtexec_line,
 )
-from synthkit.models import model_fingerprint, resolve_model, short_name, weights_fingerprint
+from synthkit.models import model_fingerprint, resolve_model, short_name, base_weights_fingerprint
 from synthkit.recipes.settings import EngineSettings
 
 log = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ class BuildEngines:
         return {
             **measured,
             "model": _resolvable(settings.model),
-            "weights": weights_fingerprint(model_dir),
+            "weights": base_weights_fingerprint(model_dir),
             "batch": settings.batch,
         }
 

@@ -22,7 +22,7 @@ from synthkit.models import (
     prompt_words,
     refuse_two_encoders,
     resolve_model,
-    weights_fingerprint,
+    base_weights_fingerprint,
 )
 from synthkit.recipes.settings import StyleSettings
 
@@ -196,7 +196,7 @@ def _write_tokens(
     settings: StyleSettings, tokens: Sequence[StyleToken], shares: Sequence[float], model: str, work: Path
 ) -> None:
     known = shares if len(tokens) > 1 else None
-    save_all(tokens, work / TOKEN_FILE, model, known, weights_fingerprint(resolve_model(model)))
+    save_all(tokens, work / TOKEN_FILE, model, known, base_weights_fingerprint(resolve_model(model)))
     for token in tokens if settings.a1111 else ():
         token.save_unnamed(work / "a1111")
 

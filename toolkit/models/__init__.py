@@ -144,7 +144,7 @@ def model_fingerprint(model_dir: Path) -> str:
     return digest({path.relative_to(model_dir).as_posix(): file_sha256(path) for path in read})
 
 
-def weights_fingerprint(model_dir: Path) -> str:
+def base_weights_fingerprint(model_dir: Path) -> str:
     """Digest of the weights that give a style token its meaning: those of text encoders and UNet."""
     folders = [model_dir / name for name in ("text_encoder", "text_encoder_2", "unet")]
     files = [path for folder in folders for path in sorted(folder.glob("*.safetensors"))]

@@ -12,7 +12,7 @@ from synthkit.artifacts import read_manifest
 from synthkit.diffusion import style_token as style_files
 from synthkit.engines.diffusion.engines_folder import check_same_model
 from synthkit.errors import ModelError
-from synthkit.models import weights_fingerprint
+from synthkit.models import base_weights_fingerprint
 from synthkit.recipes.settings import GenerateSettings
 from tests.stages import generate_stage
 from tests.tiny_models import tiny_pipeline
@@ -28,7 +28,7 @@ def token_of(style: Path, out: Path, weights: str | None) -> Path:
 def test_the_manifest_and_the_token_say_which_weights(
     tiny_model: Path, tiny_engines: Path, tiny_style: Path, tmp_path: Path
 ) -> None:
-    own = weights_fingerprint(tiny_model)
+    own = base_weights_fingerprint(tiny_model)
     manifest = read_manifest(tiny_engines)
     assert manifest and manifest.metrics["weights"] == own
     path = token_of(tiny_style, tmp_path / "token.safetensors", own)
@@ -39,7 +39,7 @@ def test_the_manifest_and_the_token_say_which_weights(
 def test_a_token_of_another_model_of_the_same_width_is_refused(
     tiny_engines: Path, tiny_style: Path, tmp_path: Path
 ) -> None:
-    other = weights_fingerprint(tiny_pipeline(tmp_path / "other", seed=1))
+    other = base_weights_fingerprint(tiny_pipeline(tmp_path / "other", seed=1))
     path = token_of(tiny_style, tmp_path / "token.safetensors", other)
     with pytest.raises(ModelError, match=r"learned for 'other-model', the engines .*'tiny-v' with other we"):
         generate_stage(GenerateSettings(), tiny_engines, {"a": "a"}, path, tmp_path / "out").key()
@@ -64,11 +64,11 @@ def test_what_does_not_tell_its_model_is_let_through(
 def test_only_weights_that_give_a_token_its_meaning_count(tiny_model: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(tiny_model, model)
-    own = weights_fingerprint(tiny_model)
+    own = base_weights_fingerprint(tiny_model)
     for name in ("scheduler/scheduler_config.json", "vae/diffusion_pytorch_model.safetensors"):
         (model / name).write_bytes((model / name).read_bytes() + b" ")
-        assert weights_fingerprint(model) == own, name
+        assert base_weights_fingerprint(model) == own, name
     for name in ("text_encoder/model.safetensors", "unet/diffusion_pytorch_model.safetensors"):
-        before = weights_fingerprint(model)
+        before = base_weights_fingerprint(model)
         (model / name).write_bytes((model / name).read_bytes() + b" ")
-        assert weights_fingerprint(model) != before, name
+        assert base_weights_fingerprint(model) != before, name
