@@ -29,7 +29,7 @@ from synthkit.engines.diffusion.export import quiet
 from synthkit.engines.diffusion.pipeline import EnginePipeline
 from synthkit.engines.runtime.session import usable_threads
 from synthkit.errors import ParityError
-from synthkit.models import INDEX, resolve_model
+from synthkit.models.generator import INDEX, resolve_model
 from synthkit.one_line import OneLineErrors
 
 PROMPT = "A digit seven photo"

@@ -41,7 +41,7 @@ from synthkit.engines.runtime.session import (
     usable_threads,
 )
 from synthkit.errors import EngineError, ParityError
-from synthkit.models import resolve_model
+from synthkit.models.generator import resolve_model
 from synthkit.one_line import OneLineErrors
 
 #: Side of the matrices of the reference product: 17 GFLOP, and larger than the caches.

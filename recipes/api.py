@@ -369,7 +369,7 @@ def generate_stage(
         engines or place.engines,
         names,
         out or place.synthetic,
-        own_words=class_synonyms(photos.root, names) if photos else {},
+        own_names=class_synonyms(photos.root, names) if photos else {},
         style=style or (learned if learned.is_file() else None),
         photos=photos,
         filters=filters,

@@ -31,7 +31,7 @@ from synthkit.engines.tensorrt.build_plan import (
     planned_specs,
     trtexec_line,
 )
-from synthkit.models import model_fingerprint, resolve_model, short_name, base_weights_fingerprint
+from synthkit.models.generator import base_weights_fingerprint, model_fingerprint, resolve_model, short_name
 from synthkit.recipes.settings import EngineSettings
 
 log = logging.getLogger(__name__)

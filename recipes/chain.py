@@ -178,7 +178,7 @@ class Chain:
             self.workspace.engines,
             self.photos.classes,
             self.workspace.synthetic,
-            own_words=class_synonyms(self.photos.root, self.photos.classes),
+            own_names=class_synonyms(self.photos.root, self.photos.classes),
             model=self.settings.engines.model,
             style=self.workspace.style / TOKEN_FILE,
             photos=self.photos,

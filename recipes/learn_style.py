@@ -15,14 +15,14 @@ import numpy as np
 
 from synthkit.artifacts import Key, write_json
 from synthkit.data.contact_sheet import contact_sheet
-from synthkit.data.images import ImageSet, class_words, whole_picture
+from synthkit.data.images import ImageSet, class_prompt_names, whole_picture
 from synthkit.diffusion.style_token import StyleToken, save_all
-from synthkit.models import (
+from synthkit.models.generator import (
+    base_weights_fingerprint,
     model_fingerprint,
-    prompt_words,
+    prompt_names,
     refuse_two_encoders,
     resolve_model,
-    base_weights_fingerprint,
 )
 from synthkit.recipes.settings import StyleSettings
 
@@ -61,14 +61,14 @@ class LearnStyle:
     out: Path
 
     def check(self, *, fetch: bool) -> None:
-        """Refuse a generator that takes no style, or that does not draw a class.
+        """Refuse a generator that takes no style, or that does not know a class.
 
         Args:
             fetch: whether a hub model may be fetched to look at it.
 
         Raises:
             ConfigError: the photos' classes.toml cannot be used.
-            ModelError: the model is unknown, has two text encoders or does not draw a class.
+            ModelError: the model is unknown, has two text encoders or does not know a class.
         """
         refuse_two_encoders(resolve_model(self.model, download=fetch))
         self._words()
@@ -84,8 +84,8 @@ class LearnStyle:
 
     def _words(self) -> dict[str, str]:
         """Class name -> words for prompts."""
-        own = class_words(self.photos.root, self.photos.classes)
-        return prompt_words(resolve_model(self.model, download=False), self.photos.classes, own)
+        own = class_prompt_names(self.photos.root, self.photos.classes)
+        return prompt_names(resolve_model(self.model, download=False), self.photos.classes, own)
 
     def run(self, work: Path, previous: Path | None) -> dict[str, Any]:
         """Fit a token per cluster of photos that look alike.

@@ -47,7 +47,7 @@ def generate_stage(
     **more: Any,
 ) -> Generate:
     own = {name: (one,) if isinstance(one, str) else tuple(one) for name, one in words.items()}
-    return Generate(settings, engines, tuple(words), out, own_words=own, style=style, **more)
+    return Generate(settings, engines, tuple(words), out, own_names=own, style=style, **more)
 
 
 def generate(

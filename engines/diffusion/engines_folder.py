@@ -7,7 +7,7 @@ from pathlib import Path
 from synthkit.artifacts import read_manifest
 from synthkit.diffusion.style_token import base_of
 from synthkit.errors import EngineError, ModelError
-from synthkit.models import short_name
+from synthkit.models.generator import short_name
 
 
 def existing_engines(folder: Path) -> Path:

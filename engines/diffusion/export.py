@@ -19,7 +19,7 @@ from synthkit.artifacts import write_json
 from synthkit.engines.runtime.component_spec import Geometry, component_specs, read_geometry
 from synthkit.engines.runtime.graph_check import check_graph, finish_graph
 from synthkit.errors import EngineError, MissingExtra, ModelError
-from synthkit.models import CLASSES, INDEX
+from synthkit.models.generator import CLASSES, INDEX
 
 OPSET = 17
 """The first opset with LayerNormalization whole, which computes in fp32 whatever the graph's precision; also

@@ -20,7 +20,7 @@ from synthkit.engines.diffusion.denoiser import run_typed
 from synthkit.engines.runtime.component_spec import Geometry, TextSpec
 from synthkit.engines.runtime.session import OrtSession, open_session
 from synthkit.errors import EngineError, MissingExtra, ModelError
-from synthkit.models import INDEX
+from synthkit.models.generator import INDEX
 
 _KINDS = ("hidden", "pooled")
 _PASSING = {"Reshape", "Cast", "Identity", "Unsqueeze", "Squeeze", "Flatten"}  # leave token ids as they are

@@ -25,7 +25,7 @@ from synthkit.calibration.filters.screening import Filters, chosen_filters, filt
 from synthkit.data.images import ImageSet
 from synthkit.diffusion import style_token as style_files
 from synthkit.engines.diffusion.engines_folder import check_same_model, existing_engines
-from synthkit.models import prompt_synonyms, resolve_model
+from synthkit.models.generator import prompt_synonyms, resolve_model
 from synthkit.recipes.generation.filter_report import rejected_grids
 from synthkit.recipes.generation.plan import Planned, make_plan
 from synthkit.recipes.generation.ray_sampler import draw_with_ray
@@ -53,7 +53,7 @@ class Generate:
         engines_dir: what `build-engines` wrote.
         classes: class names, which become folder names.
         out: the folder to write.
-        own_words: class name -> the user's words for it, where there are some.
+        own_names: class name -> the user's words for it, where there are some.
         model: the generator whose class words are used, as `resolve_model` takes it; None: the engines'.
         style: a file of style tokens, or None for plain prompts.
         photos: the real photos, to start from and to take filters' thresholds from.
@@ -68,7 +68,7 @@ class Generate:
     engines_dir: Path
     classes: tuple[str, ...]
     out: Path
-    own_words: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    own_names: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     model: str | None = None
     style: Path | None = None
     photos: ImageSet | None = None
@@ -84,7 +84,7 @@ class Generate:
         Raises:
             ConfigError: a class name cannot be a folder's name, or a setting cannot be used.
             DataError: a class has no photo to start from.
-            ModelError: the generator does not draw a class.
+            ModelError: the generator does not know a class.
         """
         if self.model:
             resolve_model(self.model, download=fetch)
@@ -118,10 +118,10 @@ class Generate:
         """Class name -> the words for it in prompts.
 
         Raises:
-            ModelError: the generator does not draw a class.
+            ModelError: the generator does not know a class.
         """
         folder = resolve_model(self.model, download=False) if self.model else self.engines_dir
-        return prompt_synonyms(folder, self.classes, self.own_words)
+        return prompt_synonyms(folder, self.classes, self.own_names)
 
     @property
     def _filtered(self) -> bool:

@@ -26,7 +26,7 @@ from synthkit.artifacts import FunctionStage, Key, digest, run_stage, versions, 
 from synthkit.data.images import ImageSet
 from synthkit.data.splits import check_disjoint, k_shot
 from synthkit.metrics import classification as metrics
-from synthkit.models import model_fingerprint, resolve_model
+from synthkit.models.generator import model_fingerprint, resolve_model
 from synthkit.recipes.build_engines import BuildEngines
 from synthkit.recipes.chain import ChainSettings, Workspace
 from synthkit.recipes.studies.methods import ADAPTED, METHODS, Draw, answers

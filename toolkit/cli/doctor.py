@@ -11,7 +11,6 @@ from pathlib import Path
 
 import click
 
-from synthkit import models
 from synthkit.cli import options
 from synthkit.machine import (
     Check,
@@ -24,6 +23,7 @@ from synthkit.machine import (
     machine_checks,
     room_check,
 )
+from synthkit.models.generator import bundled_models
 
 _TRAIN = (
     "torch torchvision timm diffusers transformers optimum optimum-onnx onnx onnxscript safetensors "
@@ -174,7 +174,7 @@ def tensorrt_check() -> Check:
 
 def generator_check() -> Check:
     """Whether the bundled generators are where they should be."""
-    found = models.bundled_models()
+    found = bundled_models()
     if not found:
         advice = "reinstall synthkit, or train it with: python -m synthkit.recipes.glyphs32"
         return Check("generator", "missing", "no bundled generator", advice)
@@ -189,6 +189,6 @@ def room_checks(workspace: Path) -> list[Check]:
     """
     bundled = {
         name: float(sum(file.stat().st_size for file in folder.glob("*/*.safetensors")))
-        for name, folder in models.bundled_models().items()
+        for name, folder in bundled_models().items()
     }
     return [room_check(name, weights, workspace) for name, weights in {**bundled, **_FULL_SIZE}.items()]

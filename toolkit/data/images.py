@@ -311,7 +311,7 @@ def _list_failures(failures: Iterable[tuple[Path, str]]) -> str:
     return "; ".join(f"{path} ({reason})" for path, reason in failures)
 
 
-def class_words(root: Path, classes: Sequence[str]) -> dict[str, str]:
+def class_prompt_names(root: Path, classes: Sequence[str]) -> dict[str, str]:
     """Class name -> the words that a prompt uses: the first of `class_synonyms`.
 
     Raises:

@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditi
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from synthkit.errors import ModelError, first_line
-from synthkit.models import refuse_two_encoders
+from synthkit.models.generator import refuse_two_encoders
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from synthkit.artifacts import read_manifest
 from synthkit.diffusion import style_token as style_files
 from synthkit.engines.diffusion.engines_folder import check_same_model
 from synthkit.errors import ModelError
-from synthkit.models import base_weights_fingerprint
+from synthkit.models.generator import base_weights_fingerprint
 from synthkit.recipes.settings import GenerateSettings
 from tests.stages import generate_stage
 from tests.tiny_models import tiny_pipeline

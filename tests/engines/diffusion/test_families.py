@@ -16,7 +16,7 @@ from synthkit.engines.diffusion.parity import component_parity
 from synthkit.engines.diffusion.pipeline import EnginePipeline
 from synthkit.engines.runtime.component_spec import read_geometry
 from synthkit.errors import ModelError
-from synthkit.models import model_fingerprint, resolve_model
+from synthkit.models.generator import model_fingerprint, resolve_model
 from tests.tiny_models import IMAGE, WIDTH, tiny_sd2, tiny_sdxl, tiny_turbo
 
 onnx = pytest.importorskip("onnx")

@@ -153,7 +153,7 @@ def test_unknown_names_offer_the_nearest(workspace: Path, photos: Path, tmp_path
 def test_a_name_that_is_nearly_a_bundled_model(
     workspace: Path, photos: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("synthkit.models.bundled_models", lambda: {"glyphs-32": tiny_model})
+    monkeypatch.setattr("synthkit.models.generator.bundled_models", lambda: {"glyphs-32": tiny_model})
     assert "did you mean glyphs-32" in refusal(
         workspace, "adapt", "--real-dir", photos, "--model", "glyphs32"
     )
@@ -178,7 +178,7 @@ def test_a_class_that_the_model_cannot_draw_names_both_ways_out(
     shutil.copytree(tiny_model, model)
     (model / "classes.toml").write_text('blue = "digit one"\ngreen = "digit two"\n')
     text = refusal(workspace, "adapt", "--real-dir", photos, "--model", model)
-    assert "does not draw 'red'" in text and "--model" in text and "--no-synth" in text
+    assert "does not know 'red'" in text and "--model" in text and "--no-synth" in text
 
 
 def test_a_style_cannot_be_learned_without_engines(photos: Path, tmp_path: Path) -> None:

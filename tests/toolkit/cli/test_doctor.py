@@ -264,7 +264,7 @@ def test_room_for_a_generator(
 
 def test_every_kind_of_generator_has_its_room(answers: Callable[[Replies], None], tmp_path: Path) -> None:
     names = [check.name.strip() for check in doctor.room_checks(tmp_path)]
-    assert names == [*doctor.models.bundled_models(), "SD 1.x", "SDXL"]
+    assert names == [*doctor.bundled_models(), "SD 1.x", "SDXL"]
 
 
 def test_ask_answers_fails_and_gives_up() -> None:

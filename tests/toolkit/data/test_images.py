@@ -11,7 +11,7 @@ from PIL import Image
 
 from synthkit import standalone
 from synthkit.data.contact_sheet import contact_sheet
-from synthkit.data.images import ImageSet, Preprocessing, class_words
+from synthkit.data.images import ImageSet, Preprocessing, class_prompt_names
 from synthkit.errors import BadImages, ConfigError, DataError, ModelError
 from tests.tiny_students import CLASSES, PREPROCESSING, class_folders, noise
 
@@ -291,12 +291,12 @@ def test_with_classes_names_an_unknown_class(tmp_path: Path) -> None:
 
 
 def test_class_words(tmp_path: Path) -> None:
-    assert class_words(tmp_path, ["red_cup", "7"]) == {"red_cup": "red cup", "7": "7"}
+    assert class_prompt_names(tmp_path, ["red_cup", "7"]) == {"red_cup": "red cup", "7": "7"}
     (tmp_path / "classes.toml").write_text('7 = "digit seven"\n', encoding="utf-8")
-    assert class_words(tmp_path, ["red_cup", "7"]) == {"red_cup": "red cup", "7": "digit seven"}
+    assert class_prompt_names(tmp_path, ["red_cup", "7"]) == {"red_cup": "red cup", "7": "digit seven"}
     (tmp_path / "classes.toml").write_text('red_cop = "cup"\n7 = 7\n', encoding="utf-8")
     with pytest.raises(ConfigError, match=r"'red_cop'; did you mean red_cup.*7 = 7 must be a text"):
-        class_words(tmp_path, ["red_cup", "7"])
+        class_prompt_names(tmp_path, ["red_cup", "7"])
 
 
 # --- Splits

@@ -5,9 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from synthkit import models
 from synthkit.errors import ConfigError, ModelError
-from synthkit.models import known_words, model_fingerprint, prompt_words, resolve_model
+from synthkit.models.generator import (
+    generator,
+    known_prompt_names,
+    model_fingerprint,
+    prompt_names,
+    resolve_model,
+)
 
 
 def whole_folder(folder: Path) -> Path:
@@ -28,7 +33,7 @@ def test_a_local_folder_is_taken_as_it_is(tmp_path: Path) -> None:
 
 def test_a_bundled_name_comes_before_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundled = whole_folder(tmp_path / "bundled" / "glyphs-32")
-    monkeypatch.setattr(models, "_HERE", tmp_path / "bundled")
+    monkeypatch.setattr(generator, "_HERE", tmp_path / "bundled")
     whole_folder(tmp_path / "here" / "glyphs-32")
     monkeypatch.chdir(tmp_path / "here")
     assert resolve_model("./glyphs-32") == Path("glyphs-32")
@@ -96,24 +101,24 @@ def test_the_fingerprint_follows_the_weights_alone(tmp_path: Path) -> None:
 
 
 def test_words_of_an_unlimited_model(tmp_path: Path) -> None:
-    words = prompt_words(tmp_path, ["red_fox", "b-2", "c"], {"c": "a cat"})
+    words = prompt_names(tmp_path, ["red_fox", "b-2", "c"], {"c": "a cat"})
     assert words == {"red_fox": "red fox", "b-2": "b 2", "c": "a cat"}
 
 
 def test_words_of_a_model_that_knows_its_classes(tmp_path: Path) -> None:
     (tmp_path / "classes.toml").write_text('"7" = "digit seven"\n"A" = "capital letter A"\n')
     own = {"7": "7", "seven": "Digit seven"}
-    assert prompt_words(tmp_path, ["7", "seven", "capital_letter_A"], own) == {
+    assert prompt_names(tmp_path, ["7", "seven", "capital_letter_A"], own) == {
         "7": "digit seven",
         "seven": "Digit seven",
         "capital_letter_A": "capital letter A",
     }
-    with pytest.raises(ModelError, match=r"does not draw 'cat', 'dog'; .*--model HUB_ID_OR_DIR.*--no-synth"):
-        prompt_words(tmp_path, ["7", "cat", "dog"], {"dog": "a dog"})
+    with pytest.raises(ModelError, match=r"does not know 'cat', 'dog'; .*--model HUB_ID_OR_DIR.*--no-synth"):
+        prompt_names(tmp_path, ["7", "cat", "dog"], {"dog": "a dog"})
 
 
 def test_a_broken_classes_file_is_named(tmp_path: Path) -> None:
-    assert known_words(tmp_path) is None
+    assert known_prompt_names(tmp_path) is None
     (tmp_path / "classes.toml").write_text('"7" = 7\n')
     with pytest.raises(ConfigError, match="7 = 7 must be words"):
-        known_words(tmp_path)
+        known_prompt_names(tmp_path)
