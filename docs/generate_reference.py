@@ -1,7 +1,7 @@
 """Writes the pages that follow from the code: reference/cli.md and reference/settings.md.
 
-    python docs/generate_reference.py           write them
-    python docs/generate_reference.py --check   end with 1 where they are stale
+python docs/generate_reference.py           write them
+python docs/generate_reference.py --check   end with 1 where they are stale
 """
 
 import sys
@@ -20,9 +20,9 @@ CLI = """# Commands
 
 Written by `docs/generate_reference.py` from the code; do not edit.
 
-Every command takes `--json`, which prints exactly one object on stdout, and `--workspace`, before the command or after
-it. Stages take `--force` and `--dry-run`. Settings without an option of their own are reached by `--set
-SECTION.NAME=VALUE` and `--config`; see [settings](settings.md). Exit codes: [errors](errors.md).
+Every command takes `--json`, which prints exactly one object on stdout, and `--workspace`, before the command
+or after it. Stages take `--force` and `--dry-run`. Settings without an option of their own are reached by
+`--set SECTION.NAME=VALUE` and `--config`; see [settings](settings.md). Exit codes: [errors](errors.md).
 """
 
 SETTINGS = """# Settings
@@ -36,9 +36,9 @@ synthkit settings train > recipe.toml
 synthkit train --real-dir ./few_shots --config recipe.toml --set train.epochs=30
 ```
 
-A section belongs to the command of its name. `filter` belongs to `generate`. `adapt` takes all sections, since it runs
-every stage. Each value below is the default; a line that begins with `# name =` shows a setting whose default is chosen
-by what comes after `default:`.
+A section belongs to the command of its name. `filter` belongs to `generate`. `adapt` takes all sections,
+since it runs every stage. Each value below is the default; a line that begins with `# name =` shows a setting whose
+default is chosen by what comes after `default:`.
 """
 
 

@@ -8,11 +8,11 @@ beginning with `toolkit/`: one file or folder per line, deeper ones indented, th
 import ast
 import importlib
 import importlib.util
+import itertools
 import re
 import shlex
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +21,7 @@ import pytest
 
 import synthkit
 from synthkit.cli import COMMANDS, main
-from synthkit.config import gather
+from synthkit.config import gather, read_toml
 from synthkit.errors import ConfigError
 from synthkit.recipes.settings import SECTIONS
 from tests.project_files import ROOT, mapping, modules
@@ -64,7 +64,7 @@ def spans(text: str) -> list[str]:
 
 
 def lines(text: str) -> list[str]:
-    """What may be a command line: lines of fenced blocks, joined where they end in a backslash, and inline code."""
+    """What may be a command line: lines of fenced blocks, joined after a backslash, and inline code."""
     joined = [line.strip() for block in blocks(text) for line in block.replace("\\\n", " ").splitlines()]
     return joined + spans(text)
 
@@ -109,7 +109,7 @@ def call_problems(call: list[str]) -> list[str]:
 
 def setting_problems(rest: list[str]) -> list[str]:
     """What is wrong with the settings that a command line gives by --set."""
-    assignments = [after for word, after in zip(rest, rest[1:], strict=False) if word == "--set"]
+    assignments = [after for word, after in itertools.pairwise(rest) if word == "--set"]
     try:
         gather(SECTIONS, None, [text for text in assignments if text != "SECTION.NAME=VALUE"])
     except ConfigError as error:
@@ -162,11 +162,10 @@ def source_of(module: str) -> str:
 
 @every_page
 def test_every_recipe_is_usable(page: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
     for block in blocks(text_of(page), "toml"):
-        content = tomllib.loads(block)
-        if any(isinstance(value, dict) for value in content.values()):  # else a classes.toml
-            recipe = tmp_path / "recipe.toml"
-            recipe.write_text(block, encoding="utf-8")
+        recipe.write_text(block, encoding="utf-8")
+        if any(isinstance(value, dict) for value in read_toml(recipe).values()):  # else a classes.toml
             gather(SECTIONS, recipe)
 
 
@@ -245,12 +244,9 @@ def test_the_generated_pages_are_up_to_date() -> None:
 
 def test_the_site_builds_strictly(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs", reason="mkdocs comes with the extra dev")
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir"]
     done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
+        [*build, str(tmp_path / "site")], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     results = (tmp_path / "site" / "results" / "digits.html").read_text(encoding="utf-8")
