@@ -20,7 +20,7 @@ from PIL import Image
 from synthkit.artifacts import Manifest, read_manifest, write_bytes
 from synthkit.data.images import ImageSet
 from synthkit.errors import MissingExtra, WorkspaceError
-from synthkit.recipes.generation.filter_report import rejected_images
+from synthkit.recipes.generation.rejections import rejected_images
 from synthkit.recipes.learn_style import CLUSTERS, LOSSES, PREVIEWS
 from synthkit.standalone import UnusableImage, open_image
 

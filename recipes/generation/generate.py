@@ -21,15 +21,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from synthkit.artifacts import Key, file_sha256, fingerprint, read_manifest, same_key, write_bytes
-from synthkit.calibration.filters.screening import Filters, chosen_filters, filter_inputs, fit_filters
+from synthkit.calibration.filters.filters import Filters, chosen_filters, filter_inputs, fit_filters
 from synthkit.data.images import ImageSet
 from synthkit.diffusion import style_token as style_files
 from synthkit.engines.diffusion.engines_folder import check_same_model, existing_engines
 from synthkit.models.generator import prompt_synonyms, resolve_model
-from synthkit.recipes.generation.filter_report import rejected_grids
 from synthkit.recipes.generation.plan import Planned, make_plan
 from synthkit.recipes.generation.ray_sampler import draw_with_ray
-from synthkit.recipes.generation.rejections import REJECTED, Rounds
+from synthkit.recipes.generation.rejections import REJECTED, Rounds, rejected_grids
 from synthkit.recipes.generation.sampler import Job, draw_images
 from synthkit.recipes.settings import FilterSettings, GenerateSettings
 
@@ -247,7 +246,7 @@ def _totals(rounds: Rounds, filters: Filters | None, work: Path) -> dict[str, An
 
 
 def _write_metadata(work: Path, images: Sequence[Planned], job: Job, key: Key) -> None:
-    """One line per image: what `redo` needs to draw it again, and the SHA-256 of what was drawn."""
+    """One line per image: all that the image came from, and its SHA-256."""
     common = {
         "negative_prompt": job.negative,
         "model": _model(job.engines_dir),

@@ -11,20 +11,23 @@ batches and interruptions change none. Without filters there is one round, and n
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from synthkit.artifacts import write_json
+from synthkit.data.contact_sheet import contact_sheet
 from synthkit.errors import WorkspaceError
 from synthkit.recipes.generation.plan import Planned, SetPlan, image_file
+from synthkit.standalone import open_image
 
 REJECTED = ".rejected"
 """Folder of rejected images in a synthetic set; hidden, so that it passes for no class."""
 
 _JOURNAL = "journal.json"
+_SHOWN = 24  # images of a class in a grid
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,3 +119,44 @@ def _read_journal(path: Path) -> list[Rejection]:
         return [Rejection(**one) for one in json.loads(path.read_text(encoding="utf-8"))]
     except (OSError, ValueError, TypeError):
         raise WorkspaceError(f"cannot read {path}; draw the set anew with --force") from None
+
+
+def rejected_images(folder: Path) -> dict[str, dict[str, list[Path]]]:
+    """Reason -> class -> the rejected images of a synthetic set, in order of class, index and attempt."""
+    found: dict[str, dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
+    for path in (folder / REJECTED).glob("*/*.png"):
+        found[path.parent.name][_parts(path)[0]].append(path)
+    return {
+        reason: {name: sorted(found[reason][name], key=_parts) for name in sorted(found[reason])}
+        for reason in sorted(found)
+    }
+
+
+def _parts(path: Path) -> tuple[str, int, int]:
+    name, index, attempt = path.stem.rsplit("-", 2)
+    return name, int(index), int(attempt)
+
+
+def rejected_grids(folder: Path, out: Path | None = None) -> list[Path]:
+    """Write a grid per reason: a row per class with its name, how many there are, and the first of them.
+
+    Args:
+        folder: the synthetic set.
+        out: folder of the grids; None: beside the rejected images.
+
+    Returns:
+        The PNG files, in the order of the reasons; none where nothing was rejected.
+    """
+    place, found = out or folder / REJECTED, rejected_images(folder)
+    if found:
+        place.mkdir(parents=True, exist_ok=True)
+    return [_grid(images, place / f"{reason}.png") for reason, images in found.items()]
+
+
+def _grid(images: Mapping[str, Sequence[Path]], path: Path) -> Path:
+    rows = [
+        (f"{name}: {len(found)}", [open_image(one) for one in found[:_SHOWN]])
+        for name, found in images.items()
+    ]
+    contact_sheet(rows, path)
+    return path

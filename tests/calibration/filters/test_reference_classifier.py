@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from synthkit.calibration.filters.filters import fit_filters
 from synthkit.calibration.filters.reference_classifier import BATCH, open_judge
-from synthkit.calibration.filters.screening import fit_filters
 from synthkit.data.images import ImageSet
 from synthkit.errors import ModelError
 from synthkit.recipes.settings import FilterSettings

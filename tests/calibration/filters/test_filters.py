@@ -15,9 +15,9 @@ import pytest
 from PIL import Image, ImageEnhance
 
 from synthkit.artifacts import Manifest, write_json
-from synthkit.calibration.filters import image_statistics as image_traits
+from synthkit.calibration.filters import filters as filters_module
+from synthkit.calibration.filters.filters import Filters, chosen_filters, filter_inputs, fit_filters
 from synthkit.calibration.filters.reference_classifier import BATCH
-from synthkit.calibration.filters.screening import Filters, chosen_filters, filter_inputs, fit_filters
 from synthkit.data.images import ImageSet
 from synthkit.errors import BadImages, ConfigError, DataError, ModelError
 from synthkit.recipes.settings import FilterSettings
@@ -135,8 +135,8 @@ def test_an_image_is_measured_once_and_again_when_it_is_drawn_anew(
     photos: ImageSet, synthetic: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[Path] = []
-    read = image_traits.open_picture
-    monkeypatch.setattr(image_traits, "open_picture", lambda path: opened.append(path) or read(path))
+    read = filters_module.open_picture
+    monkeypatch.setattr(filters_module, "open_picture", lambda path: opened.append(path) or read(path))
     filters = fit_filters(settings("blank,duplicate"), photos, None, WORDS)
     opened.clear()
     filters.judge(in_order(synthetic))

@@ -6,8 +6,9 @@
     class      a classifier doubts the class more than it doubts the photos
     duplicate  a near-duplicate of an earlier image of its class
 
-The order is that of the verdicts: an image that is unfit by itself makes no later one a duplicate. Images are
-measured once, each by itself, so the verdicts are a function of the list of images alone.
+The order is that of the verdicts: an image that is unfit by itself makes no later one a duplicate. Photos and
+synthetic images are measured by the same code, each by itself, so the verdicts are a function of the list of
+images alone.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from PIL import Image
 
+from synthkit import standalone
 from synthkit.artifacts import fingerprint
-from synthkit.calibration.filters.image_statistics import Named, Traits, measure, open_picture
-from synthkit.calibration.filters.near_duplicates import moved_distance, near_any, reach, repeats
-from synthkit.calibration.filters.reference_classifier import ClassJudge, Words, open_judge
+from synthkit.calibration.filters.near_duplicates import moved_distance, near_any, reach, repeats, vector
+from synthkit.calibration.filters.reference_classifier import BATCH, ClassJudge, Words, open_judge
 from synthkit.data.images import ImageSet
 from synthkit.errors import BadImages, ConfigError, DataError, nearest
 
@@ -37,6 +39,27 @@ NONE = "none"
 
 _ONE_COLOUR = 2.0  # grey levels: the standard deviation that compression may leave of a plain area
 _ALWAYS_FINE = 0.05  # share of clipped values that is no reason to reject, however few the photos have
+
+
+Named = tuple[Path, str]
+"""An image file and the class that it should show."""
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What is measured of one image.
+
+    Attributes:
+        contrast: largest standard deviation of a channel, in grey levels of 255.
+        clipped: share of the values that are 0 or 255.
+        vector: what near-duplicates are told by, int16 [768].
+        probability: of the intended class; None without a classifier.
+    """
+
+    contrast: float
+    clipped: float
+    vector: np.ndarray
+    probability: float | None
 
 
 class Choices(Protocol):
@@ -187,6 +210,50 @@ def _thresholds(
         moved = [moved_distance(open_picture(item.path)) for item in photos.items]
         distance = reach(moved, _vectors(own), photos.labels, quantile)
     return Thresholds(clipped, probability, distance)
+
+
+def measure(images: Sequence[Named], judge: ClassJudge | None) -> Iterator[Traits]:
+    """Traits of images, in their order; no more than one image is held at full size.
+
+    Raises:
+        BadImages: a file cannot be read as an image.
+    """
+    for start in range(0, len(images), BATCH):
+        yield from _measure_batch(images[start : start + BATCH], judge)
+
+
+def _measure_batch(images: Sequence[Named], judge: ClassJudge | None) -> Iterator[Traits]:
+    found, inputs = [], []
+    for path, _ in images:
+        picture = open_picture(path)
+        found.append((_contrast(picture), _clipped(picture), vector(picture)))
+        if judge:
+            inputs.append(judge.prepare(picture))
+    names = [name for _, name in images]
+    probabilities = judge.of_class(inputs, names).tolist() if judge else [None] * len(images)
+    for one, probability in zip(found, probabilities, strict=True):
+        yield Traits(*one, probability)
+
+
+def open_picture(path: Path) -> Image.Image:
+    """The RGB picture of a file.
+
+    Raises:
+        BadImages: the file cannot be read as an image.
+    """
+    try:
+        return standalone.open_image(path)
+    except standalone.UnusableImage as error:
+        raise BadImages([(path, str(error))]) from None
+
+
+def _contrast(picture: Image.Image) -> float:
+    return float(np.asarray(picture, np.float32).std(axis=(0, 1)).max())
+
+
+def _clipped(picture: Image.Image) -> float:
+    pixels = np.asarray(picture)
+    return float(((pixels == 0) | (pixels == 255)).mean())
 
 
 class Filters:
