@@ -1,15 +1,18 @@
-"""Benchmark of last-layer adaptation, `python -m benchmarks.adapt_speed`
+"""Seconds of last-layer adaptation with cached features, without them, and as a timm script.
 
-    the same photos, student, ─┬─ cached    frozen layers once per view, then steps over the last units
-    optimiser, learning rates, ├─ plain     the same loop, the whole student in every step
-    number of steps            └─ timm      timm's transforms, DataLoader, optimiser and schedule
-    `adapt` as a whole ────────┬─ cached    cross-validation of every path, then the one chosen
-                               └─ plain     the same with the whole student in every step
+    python -m benchmarks.adapt_speed --real-dir DIR --test-dir DIR --weights FILE --out FILE
 
-Runs alternate and medians are compared, with every way's top-1 beside it. What to expect follows from the
-images that pass the frozen layers: photos * (views + 1) with the cache, steps * batch for each training
-without. It is printed first, so that a measurement that misses it asks for a reason; one that is above it
-has ONNX Runtime for a reason, in which the frozen layers run where they are kept.
+    one training, same photos, student, optimiser, learning rates and steps
+        cached    frozen layers once per augmented view, then steps over the last layer groups
+        plain     the same loop, the whole student in every step
+        timm      timm's transforms, DataLoader, optimiser and schedule
+    `adapt` as a whole
+        cached    cross-validation of every strategy, then training with the one chosen
+        plain     the same with the whole student in every step
+
+Variants take turns, and medians are compared, with the top-1 of each beside them. The expected ratio follows
+from the number of images that pass the frozen layers: photos * (views + 1) with the cache, steps * batch for
+each training without. It is printed first, so that a deviation asks for a reason.
 """
 
 from __future__ import annotations
@@ -48,32 +51,32 @@ if TYPE_CHECKING:
     from synthkit.learning.feature_cache import Views
     from synthkit.learning.students import Student
 
-Way = Callable[[Site, AdaptPath], "Student"]
+Variant = Callable[[Site, AdaptPath], "Student"]
 
 
 class PlainSite(Site):
-    """A site where nothing that the frozen layers say is kept."""
+    """A site without cached features."""
 
     @property
     def seen(self) -> Mapping[int, Views]:  # type: ignore[override]
-        """Nothing."""
+        """No features."""
         return {}
 
 
 def stage(site: Site, path: AdaptPath) -> Student:
-    """Train along a path that was asked for."""
+    """Train with the given strategy."""
     begun = course(path, site)
     follow(path, site, begun)
     return begun.whole
 
 
 def whole(site: Site, path: AdaptPath) -> Student:
-    """Let cross-validation choose the path, then train along it."""
+    """Choose the strategy by cross-validation, then train with it."""
     return stage(site, choose_path(site).path)
 
 
 def timm_style(photos: ImageSet, site: Site, path: AdaptPath) -> Student:
-    """Fine-tune as timm's users write it: a data set of files, its transforms, its schedule."""
+    """Fine-tune as a timm user would: a data set of files, its transforms, its schedule."""
     import torch
     from timm.data import create_transform
     from timm.loss import LabelSmoothingCrossEntropy
@@ -99,7 +102,8 @@ def timm_style(photos: ImageSet, site: Site, path: AdaptPath) -> Student:
     )
     scheduler = CosineLRScheduler(optimizer, t_initial=settings.steps, lr_min=settings.lr / 100)
     loss_of, step = LabelSmoothingCrossEntropy(settings.smoothing), 0
-    student.model.eval()  # statistics stay, as in the other ways
+    # BatchNorm statistics stay, as in the other variants.
+    student.model.eval()
     while step < settings.steps:
         for images, labels in loader:
             loss = loss_of(student.model(images), labels)
@@ -114,7 +118,7 @@ def timm_style(photos: ImageSet, site: Site, path: AdaptPath) -> Student:
 
 
 class _Photos:
-    """Photos as a torch data set that decodes and augments one at a time."""
+    """Torch data set that decodes and augments one photo at a time."""
 
     def __init__(self, images: ImageSet, transform: Callable[[Any], Any]) -> None:
         self._images, self._transform = images, transform
@@ -130,9 +134,9 @@ class _Photos:
 
 
 def expected(site: Site, path: AdaptPath) -> dict[str, Any]:
-    """How many images pass the frozen layers, and the ratio where nothing else took time.
+    """Number of images through the frozen layers, and the ratio if nothing else took time.
 
-    All layers, which cross-validation tries too, pass none, and take as long in either way.
+    Full fine-tuning, which cross-validation tries too, has no frozen layers and takes as long either way.
     """
     photos, steps = len(site.examples), fit_settings(path, site).steps
     batch = fit_settings(path, site).batch_size
@@ -147,25 +151,25 @@ def expected(site: Site, path: AdaptPath) -> dict[str, Any]:
     }
 
 
-def measure(ways: Mapping[str, tuple[Way, Site]], path: AdaptPath, test: ImageSet, runs: int) -> Any:
-    """Seconds and top-1 of every way, run in turns.
+def measure(variants: Mapping[str, tuple[Variant, Site]], path: AdaptPath, test: ImageSet, runs: int) -> Any:
+    """Seconds and top-1 of every variant, run in turns.
 
     Args:
-        ways: name -> what to run, and on which site.
-        path: for those that take one.
+        variants: name -> function to run, and its site.
+        path: the strategy of those that take one.
         test: real test images.
-        runs: of every way.
+        runs: of every variant.
 
     Returns:
         Name -> `seconds` (the median), `all_seconds` and `top1`.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
     scores: dict[str, float] = {}
     for _ in range(runs):
-        for name, (way, site) in ways.items():
+        for name, (variant, site) in variants.items():
             fresh = type(site)(site.start, site.examples, site.settings, site.training)  # nothing kept
             begun = time.perf_counter()
-            student = way(fresh, path)
+            student = variant(fresh, path)
             seconds[name].append(round(time.perf_counter() - begun, 3))
             scores[name] = _top1(student, test)
     return {
@@ -186,7 +190,7 @@ def _first_classes(images: ImageSet, count: int) -> ImageSet:
 
 
 @click.command(cls=OneLineErrors)
-@click.option("--real-dir", type=click.Path(path_type=Path), required=True, help="Photos to draw from.")
+@click.option("--real-dir", type=click.Path(path_type=Path), required=True, help="Photos to choose from.")
 @click.option("--test-dir", type=click.Path(path_type=Path), required=True, help="Real test images.")
 @click.option("--weights", type=click.Path(path_type=Path), required=True, help="The student's weights.")
 @click.option("--student", default="mobilenetv2_100", show_default=True)
@@ -216,7 +220,7 @@ def main(
     runs: int,
     out: Path,
 ) -> None:
-    """Time adaptation with kept activations, without, and as a timm script; writes OUT and prints it."""
+    """Time adaptation with cached features, without, and as a timm script; writes OUT and prints it."""
     from synthkit.learning.fit import Examples
     from synthkit.learning.students import new_student
 
@@ -229,15 +233,15 @@ def main(
     parts = (start, Examples(photos, start.student.preprocessing), settings, TrainSettings())
     predicted = expected(Site(*parts), PATHS[path])
     click.echo(f"images through the frozen layers: {json.dumps(predicted)}", err=True)
-    ways: dict[str, tuple[Way, Site]] = {
+    variants: dict[str, tuple[Variant, Site]] = {
         "stage cached": (stage, Site(*parts)),
         "stage plain": (stage, PlainSite(*parts)),
         "stage timm": (functools.partial(timm_style, photos), PlainSite(*parts)),
     }
     if with_whole:
         parts = (*parts[:2], replace(settings, path="auto"), parts[3])
-        ways |= {"whole cached": (whole, Site(*parts)), "whole plain": (whole, PlainSite(*parts))}
-    measured = measure(ways, PATHS[path], test, runs)
+        variants |= {"whole cached": (whole, Site(*parts)), "whole plain": (whole, PlainSite(*parts))}
+    measured = measure(variants, PATHS[path], test, runs)
     asked = {"student": student, "size": size, "path": path, "photos": len(photos), **asdict(settings)}
     result = {"expected": predicted, "measured": measured, "n_test": len(test), "settings": asked}
     write_json(out, {**result, "ratios": ratios(measured), "versions": versions()})
@@ -245,7 +249,7 @@ def main(
 
 
 def ratios(measured: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """How many times as long as the cached way of its kind each other way took."""
+    """Seconds of each other variant as a multiple of the cached one of its kind."""
     return {
         name: round(one["seconds"] / measured[f"{name.partition(' ')[0]} cached"]["seconds"], 2)
         for name, one in measured.items()

@@ -1,4 +1,4 @@
-"""Load for `synthkit serve`: many clients, good images and garbage, and what became of the service.
+"""`synthkit serve` under load: many clients, good images and garbage.
 
     python -m benchmarks.serving_load --bundle DIR [--requests 10000] [--clients 16]
 
@@ -33,15 +33,18 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from synthkit import standalone
+from synthkit.artifacts import write_json
 from synthkit.engines.bundle.format import Bundle
 from synthkit.errors import EngineError
 from synthkit.one_line import OneLineErrors
 from synthkit.recipes.device.bench import resident_bytes
 from synthkit.recipes.serving.request import Limits
 
-_EVERY = 100  # one request of so many is garbage
+#: One request in this many is garbage.
+_EVERY = 100
 _TOP = 3
-_MOST_GROWTH = 0.1  # of the memory after a tenth of the requests
+#: Largest growth of the memory since its first reading, as a fraction.
+_MOST_GROWTH = 0.1
 _PATIENCE = 60.0
 _KINDS = (("JPEG", "RGB"), ("PNG", "RGB"), ("WEBP", "RGB"), ("JPEG", "L"), ("PNG", "RGBA"), ("BMP", "RGB"))
 _GONE = "no answer wanted"
@@ -50,13 +53,13 @@ Garbage = Callable[[int], "int | str"]
 
 
 @dataclass
-class Seen:
-    """What the clients saw.
+class Observed:
+    """Observations of the clients.
 
     Attributes:
         seconds: of every good request.
-        wrong: what was not as it must be, in words.
-        bad: (kind of garbage, status) -> how often.
+        wrong: every fault, in words.
+        bad: (kind of garbage, status) -> count.
         resident: answered requests -> bytes of the service in RAM.
     """
 
@@ -71,7 +74,7 @@ def sample_images(folder: Path, count: int = 48, seed: int = 0) -> list[Path]:
 
     Args:
         folder: where to write them.
-        count: how many.
+        count: number of files.
         seed: of their content.
     """
     rng = np.random.default_rng(seed)
@@ -90,10 +93,10 @@ def sample_images(folder: Path, count: int = 48, seed: int = 0) -> list[Path]:
 
 
 def garbage(good_jpeg: bytes) -> dict[str, Garbage]:
-    """Name -> what sends one bad request to a port and gives the status of its answer.
+    """Name -> a function that sends one bad request to a port and returns the status of the answer.
 
     Args:
-        good_jpeg: a whole JPEG file.
+        good_jpeg: content of a JPEG file.
     """
     multipart = {"Content-Type": "multipart/form-data; boundary=x"}
     bodies: dict[str, tuple[bytes, dict[str, str]]] = {
@@ -161,20 +164,21 @@ def running_service(bundle: Path, *arguments: str) -> Iterator[tuple[int, subpro
     """Port and process of `synthkit serve` on a free port.
 
     Args:
-        bundle: what it serves.
-        arguments: further ones of the command line.
+        bundle: the bundle to serve.
+        arguments: further command line arguments.
     """
     line = [sys.executable, "-m", "synthkit", "serve", "--bundle", str(bundle), "--port", "0", *arguments]
     with subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr
         said = process.stderr.readline()
-        reader = threading.Thread(target=process.stderr.read)  # a full pipe would stop the service
+        # A full pipe would stop the service.
+        reader = threading.Thread(target=process.stderr.read)
         reader.start()
         try:
-            found = re.match(r"http://\S+:(\d+) answers", said)
-            if not found:
+            started = re.match(r"http://\S+:(\d+) answers", said)
+            if not started:
                 raise EngineError(f"the service did not start: {said.strip()}")
-            yield int(found[1]), process
+            yield int(started[1]), process
         finally:
             process.send_signal(signal.SIGTERM)
             _wait_for_end(process)
@@ -189,12 +193,12 @@ def _wait_for_end(process: subprocess.Popen[str]) -> None:
 
 
 def load(bundle: Path, requests: int, clients: int) -> dict[str, Any]:
-    """Put a service under load.
+    """Send requests to a service and check every answer.
 
     Args:
-        bundle: what it serves.
-        requests: how many in all, one in a hundred of them garbage.
-        clients: how many threads send them.
+        bundle: the bundle to serve.
+        requests: number of requests, one in a hundred of them garbage.
+        clients: number of threads that send them.
 
     Returns:
         ok, wrong (in words), bad (kind -> status -> count), latency_ms, requests_per_second, resident_bytes
@@ -204,16 +208,15 @@ def load(bundle: Path, requests: int, clients: int) -> dict[str, Any]:
         paths = sample_images(Path(scratch))
         opened = Bundle.open(bundle)
         confidence = standalone.read_confidence(bundle)
-        ranked = [
-            opened.classify([path], len(opened.labels))[0] for path in paths
-        ]  # one by one, as the service
-        expected = [standalone.decided(one, confidence, _TOP) for one in ranked]
+        # One image at a time, as in the service.
+        ranked = [opened.classify([path], len(opened.labels))[0] for path in paths]
+        expected = [standalone.decided(scores, confidence, _TOP) for scores in ranked]
         files = [path.read_bytes() for path in paths]
-    seen = Seen()
+    observed = Observed()
     with running_service(bundle) as (port, process):
         numbers = iter(range(requests))
         client = _Client(
-            port, files, expected, garbage(files[0]), numbers, threading.Lock(), seen, process.pid
+            port, files, expected, garbage(files[0]), numbers, threading.Lock(), observed, process.pid
         )
         started = time.perf_counter()
         threads = [threading.Thread(target=client.run) for _ in range(clients)]
@@ -223,13 +226,13 @@ def load(bundle: Path, requests: int, clients: int) -> dict[str, Any]:
             thread.join()
         seconds = time.perf_counter() - started
         if process.poll() is not None:
-            seen.wrong.append(f"the service ended with {process.returncode}")
-    return _verdict(seen, requests, clients, seconds, process.returncode)
+            observed.wrong.append(f"the service ended with {process.returncode}")
+    return _result(observed, requests, clients, seconds, process.returncode)
 
 
 @dataclass
 class _Client:
-    """What one thread does; all threads share one of these."""
+    """Client of all threads: each takes the next number and sends its request."""
 
     port: int
     files: Sequence[bytes]
@@ -237,7 +240,7 @@ class _Client:
     garbage: dict[str, Garbage]
     numbers: Iterator[int]
     lock: threading.Lock
-    seen: Seen
+    observed: Observed
     process: int
     done: int = 0
 
@@ -265,7 +268,7 @@ class _Client:
         taken = time.perf_counter() - started
         wanted = {name: value for name, value in self.expected[which].items() if name != "path"}
         with self.lock:
-            self.seen.seconds.append(taken)
+            self.observed.seconds.append(taken)
         if reply.status != 200 or {name: answer.get(name) for name in wanted} != wanted:
             self._note(f"request {number}: {reply.status} {answer}, expected {wanted}")
 
@@ -273,38 +276,40 @@ class _Client:
         name = list(self.garbage)[number // _EVERY % len(self.garbage)]
         status = self.garbage[name](self.port)
         with self.lock:
-            self.seen.bad[name, str(status)] += 1
+            self.observed.bad[name, str(status)] += 1
         if not (status == _GONE or 400 <= int(status) < 500):
             self._note(f"request {number}: {name} was answered with {status}")
 
     def _note(self, text: str) -> None:
         with self.lock:
-            self.seen.wrong.append(text)
+            self.observed.wrong.append(text)
 
     def _count(self) -> None:
         with self.lock:
             self.done += 1
             if self.done % 1000 == 0:
-                self.seen.resident[self.done] = resident_bytes(self.process)
+                self.observed.resident[self.done] = resident_bytes(self.process)
 
 
-def _verdict(seen: Seen, requests: int, clients: int, seconds: float, exit_code: int) -> dict[str, Any]:
+def _result(
+    observed: Observed, requests: int, clients: int, seconds: float, exit_code: int
+) -> dict[str, Any]:
     bad: dict[str, dict[str, int]] = {}
-    for (name, status), count in sorted(seen.bad.items()):
+    for (name, status), count in sorted(observed.bad.items()):
         bad.setdefault(name, {})[status] = count
-    shares = np.percentile(1e3 * np.array(seen.seconds), (50, 90, 99))
-    memory = list(seen.resident.values())
+    shares = np.percentile(1e3 * np.array(observed.seconds), (50, 90, 99))
+    memory = list(observed.resident.values())
     growth = memory[-1] / memory[0] - 1 if memory else 0.0
     return {
-        "ok": not seen.wrong and exit_code == 0 and growth < _MOST_GROWTH,
+        "ok": not observed.wrong and exit_code == 0 and growth < _MOST_GROWTH,
         "requests": requests,
         "clients": clients,
-        "good": len(seen.seconds),
-        "wrong": seen.wrong[:20],
+        "good": len(observed.seconds),
+        "wrong": observed.wrong[:20],
         "bad": bad,
         "latency_ms": dict(zip(("p50", "p90", "p99"), map(float, shares), strict=True)),
         "requests_per_second": requests / seconds,
-        "resident_bytes": seen.resident,
+        "resident_bytes": observed.resident,
         "growth": growth,
         "exit_code": exit_code,
     }
@@ -314,11 +319,14 @@ def _verdict(seen: Seen, requests: int, clients: int, seconds: float, exit_code:
 @click.option("--bundle", type=click.Path(path_type=Path, exists=True), required=True)
 @click.option("--requests", type=click.IntRange(min=100), default=10_000, show_default=True)
 @click.option("--clients", type=click.IntRange(min=1), default=16, show_default=True)
-def main(bundle: Path, requests: int, clients: int) -> None:
-    """Put `synthkit serve` under load and print one JSON object; ends with 1 where something went wrong."""
-    found = load(bundle, requests, clients)
-    click.echo(json.dumps(found, indent=1))
-    raise SystemExit(0 if found["ok"] else 1)
+@click.option("--out", type=click.Path(path_type=Path), help="JSON file to write.")
+def main(bundle: Path, requests: int, clients: int, out: Path | None) -> None:
+    """Put `synthkit serve` under load and print JSON; exits with 1 where something went wrong."""
+    result = load(bundle, requests, clients)
+    click.echo(json.dumps(result, indent=1))
+    if out:
+        write_json(out, result)
+    raise SystemExit(0 if result["ok"] else 1)
 
 
 if __name__ == "__main__":

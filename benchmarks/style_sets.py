@@ -1,9 +1,9 @@
-"""How near a comparison's synthetic sets come to real photos, beside what students make of them.
+"""Distance of synthetic sets from real photos, beside the top-1 of the students trained on them.
 
-python -m benchmarks.style_sets ./w --test-dir ./test --weights ./net --architecture mobilenetv1_100
+    python -m benchmarks.style_sets WORKSPACE --test-dir DIR --weights FILE --architecture TIMM_NAME
 
-`./w` is the workspace of `synthkit compare`. All sets are measured on the features of one network that has
-seen none of them, against real photos held out from every draw.
+WORKSPACE is that of `synthkit compare`. All sets are measured on the features of one network that has learned
+from none of them, against real photos held out from every split.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ if TYPE_CHECKING:
     from synthkit.learning.students import Student
 
 _MEASURES = ("top1", "frechet", "coverage", "density")
-_FEWEST = 6  # a photo and its five neighbours
+#: A photo and its five neighbours.
+_FEWEST = 6
 
 
 def set_folders(cell: Path) -> dict[str, Path]:
-    """Method -> the synthetic set that it learns from alone, of those that lie in a cell's workspace."""
+    """Method that learns from synthetic images alone -> its set, of those in a cell's workspace."""
     folders = {name: variant.folder + "/synthetic" for name, variant in VARIANTS.items()}
     folders[SYNTHETIC_ONLY] = "synthetic"
     return {
@@ -71,7 +72,7 @@ def measure_set(
 def measure_sets(
     student: Student, workspace: Path, compared: Mapping[str, Any], test: ImageSet
 ) -> list[dict[str, Any]]:
-    """A row for each number of shots and method: mean and sample deviation over the draws of each measure.
+    """A row for each number of shots and method: mean and sample deviation of each measure over the seeds.
 
     Args:
         student: the network whose features are used.
@@ -93,10 +94,10 @@ def measure_sets(
     return [{"shots": shots, "method": method, **_row(found[shots, method])} for shots, method in keys]
 
 
-def _row(draws: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    row: dict[str, Any] = {"seeds": len(draws)}
+def _row(seeds: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    row: dict[str, Any] = {"seeds": len(seeds)}
     for name in _MEASURES:
-        row |= mean_and_std(name, [one[name] for one in draws])
+        row |= mean_and_std(name, [measured[name] for measured in seeds])
     return row
 
 
@@ -113,7 +114,7 @@ def markdown(table: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-@click.command(cls=OneLineErrors, help=__doc__)
+@click.command(cls=OneLineErrors)
 @click.argument("workspace", type=click.Path(path_type=Path))
 @click.option(
     "--test-dir", type=click.Path(path_type=Path), required=True, help="Real photos to compare with."
@@ -124,7 +125,7 @@ def markdown(table: Sequence[Mapping[str, Any]]) -> str:
     "--image-size", type=click.IntRange(16), default=96, show_default=True, help="Its input, pixels."
 )
 def main(workspace: Path, test_dir: Path, weights: Path, architecture: str, image_size: int) -> None:
-    """Measure, print the table, write style_sets.json into the workspace."""
+    """Measure the sets of WORKSPACE, print the table, write style_sets.json there."""
     from synthkit.learning.students import new_student
 
     path = workspace / "compare.json"

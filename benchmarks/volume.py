@@ -1,11 +1,11 @@
-"""How many synthetic images per class are worth drawing: top-1 of a student over the size of its set.
+"""Top-1 of a student over the number of synthetic images per class.
 
-    photos ──chain──► style ──largest set once──► its first n of each class ──same steps──► student ──► top-1
+    python -m benchmarks.volume WORKSPACE --real-dir DIR --test-dir DIR --shots 4
 
-python -m benchmarks.volume ./w --real-dir ./pool --test-dir ./test --shots 4
+    photos -> style -> the largest set, once -> its first n of each class -> student -> top-1
 
-Image i of a class does not depend on how many are drawn, so that the smaller sets lie within the larger
-ones. Every student gets as many gradient steps, up to a part of an epoch.
+Image i of a class does not depend on the number of images, so that the smaller sets lie within the larger
+ones. Every student gets the same number of gradient steps, up to a part of an epoch.
 """
 
 from __future__ import annotations
@@ -28,18 +28,19 @@ from synthkit.recipes.studies.compare import Cell, cell_draw
 from synthkit.recipes.studies.methods import Draw, answers
 from synthkit.recipes.train import Train, TrainingData, synthetic_steps
 
-_LARGEST_EPOCHS = 3  # over the largest set; smaller ones are seen more often
+#: Epochs over the largest set; smaller ones are repeated more often.
+_LARGEST_EPOCHS = 3
 
 
 def first_of_each(images: ImageSet, count: int) -> ImageSet:
-    """The images that `generate` draws first of every class, in the order of their names."""
+    """The first images of every class, in the order of their names."""
     names = np.array([item.path.name for item in images.items])
     members = [np.flatnonzero(images.labels == label) for label in range(len(images.classes))]
     return images.subset(np.concatenate([one[np.argsort(names[one])[:count]] for one in members]))
 
 
 def top1_over_volume(draw: Draw, test: ImageSet, volumes: Sequence[int]) -> dict[int, float]:
-    """Images per class -> top-1 on the test images of the student that saw so many.
+    """Images per class -> top-1 of the student that learned from them.
 
     Args:
         draw: the photos, whose style the images have.
@@ -63,16 +64,16 @@ def top1_over_volume(draw: Draw, test: ImageSet, volumes: Sequence[int]) -> dict
     return found
 
 
-def rows(draws: Sequence[dict[int, float]]) -> list[dict[str, Any]]:
-    """A row per volume: per_class, top1_mean, top1_std (of a sample; 0 for one draw), seeds."""
+def rows(seeds: Sequence[dict[int, float]]) -> list[dict[str, Any]]:
+    """A row per volume: per_class, top1_mean, top1_std (of a sample; 0 for one seed), seeds."""
     return [
         {
             "per_class": volume,
-            **metrics.mean_and_std("top1", of_draws),
-            "seeds": len(of_draws),
+            **metrics.mean_and_std("top1", values),
+            "seeds": len(values),
         }
-        for volume in draws[0]
-        for of_draws in [[one[volume] for one in draws]]
+        for volume in seeds[0]
+        for values in [[top1[volume] for top1 in seeds]]
     ]
 
 
@@ -84,7 +85,7 @@ def markdown(table: Sequence[dict[str, Any]]) -> str:
 
 
 def plot(table: Sequence[dict[str, Any]], path: Path) -> None:
-    """Top-1 over images per class, with the standard deviation over the draws as error bars."""
+    """Top-1 over images per class, with the standard deviation over the seeds as error bars."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
@@ -101,12 +102,12 @@ def plot(table: Sequence[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-@click.command(cls=OneLineErrors, help=__doc__)
+@click.command(cls=OneLineErrors)
 @click.argument("workspace", type=click.Path(path_type=Path))
-@click.option("--real-dir", type=click.Path(path_type=Path), required=True, help="Photos to draw from.")
+@click.option("--real-dir", type=click.Path(path_type=Path), required=True, help="Photos to choose from.")
 @click.option("--test-dir", type=click.Path(path_type=Path), required=True, help="Real test images.")
 @click.option("--shots", type=click.IntRange(1), default=4, show_default=True, help="Photos per class.")
-@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Draws of photos.")
+@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Splits of the photos.")
 @click.option(
     "--volume",
     "volumes",
@@ -119,22 +120,23 @@ def plot(table: Sequence[dict[str, Any]], path: Path) -> None:
 def main(
     workspace: Path, real_dir: Path, test_dir: Path, shots: int, seeds: int, volumes: tuple[int, ...]
 ) -> None:
-    """Measure, print the table, write volume.json and volume.png into the workspace."""
+    """Measure, print the table, write volume.json and volume.png into WORKSPACE."""
     settings = ChainSettings()
     pool = ImageSet.scan(real_dir)
     test = ImageSet.scan(test_dir).with_classes(pool.classes)
     check_disjoint(pool, test, (str(real_dir), str(test_dir)))
-    draws: list[dict[int, float]] = []
+    measured: list[dict[int, float]] = []
     for seed in range(seeds):
         photos = pool.subset(k_shot(pool, shots, seed))
         draw = cell_draw(settings, workspace, photos, Cell(shots, seed))
-        draws.append(top1_over_volume(draw, test, volumes))
-        table = rows(draws)
-        result = {"rows": table, "draws": draws, "shots": shots, "n_test": len(test)}
+        measured.append(top1_over_volume(draw, test, volumes))
+        table = rows(measured)
+        result = {"rows": table, "seeds": measured, "shots": shots, "n_test": len(test)}
         described = {**result, "settings": asdict(settings), "versions": versions()}
-        write_json(workspace / "volume.json", described)  # after every draw: the next one takes minutes
+        # After every seed: the next one takes minutes.
+        write_json(workspace / "volume.json", described)
         plot(table, workspace / "volume.png")
-    click.echo(markdown(rows(draws)))
+    click.echo(markdown(rows(measured)))
 
 
 if __name__ == "__main__":
