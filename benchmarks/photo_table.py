@@ -49,7 +49,7 @@ from synthkit.one_line import OneLineErrors
 from synthkit.recipes.adaptation.selection import Choice, choose_path
 from synthkit.recipes.adaptation.strategies import FULL, LAST, Site, Start, course, follow, seen_by_last
 from synthkit.recipes.settings import AdaptSettings, TrainSettings
-from synthkit.recipes.studies.compare import ahead_line, lines_over_shots, shots_table
+from synthkit.recipes.studies.compare import accuracy_table, difference_line, plot_over_shots
 from synthkit.recipes.train import weights_fingerprint
 
 if TYPE_CHECKING:
@@ -387,12 +387,12 @@ def markdown(result: Mapping[str, Any]) -> str:
     for student in dict.fromkeys(row["student"] for row in result["overall"]):
         of_student = [row for row in result["overall"] if row["student"] == student]
         lines += ["", f"{student}, mean over {of_student[0]['sets']} sets ± deviation over the seeds", ""]
-        lines += shots_table(of_student)
+        lines += accuracy_table(of_student)
     title = (
         f"Ahead of full fine-tuning, in points; paired t-tests, Holm's p over all {len(result['paired'])}:"
     )
     lines += ["", title, ""]
-    lines += [_paired_line(row) for row in result["paired"]]
+    lines += [difference_line(row) for row in result["paired"]]
     if result["adapt"]["cells"]:
         lines += ["", _sentence(result["adapt"])]
     return "\n".join(lines).strip()
@@ -408,16 +408,11 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     figure = Figure(figsize=(2 + 4.5 * len(students), 4), layout="constrained")
     panels = figure.subplots(1, len(students), sharey=True, squeeze=False)[0]
     for axes, student in zip(panels, students, strict=True):
-        lines_over_shots(axes, [row for row in result["overall"] if row["student"] == student])
+        plot_over_shots(axes, [row for row in result["overall"] if row["student"] == student])
         axes.set_title(student)
     panels[0].set_ylabel("top-1, mean over the sets")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
     figure.savefig(path, dpi=100)
-
-
-def _paired_line(row: Mapping[str, Any]) -> str:
-    p = row["p_holm"]
-    return ahead_line(row) + ("" if p is None else f", Holm {p:.3f}")
 
 
 def _sentence(found: Mapping[str, Any]) -> str:

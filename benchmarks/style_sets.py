@@ -32,12 +32,14 @@ _MEASURES = ("top1", "frechet", "coverage", "density")
 _FEWEST = 6
 
 
-def set_folders(cell: Path) -> dict[str, Path]:
-    """Method that learns from synthetic images alone -> its set, of those in a cell's workspace."""
+def set_folders(workspace: Path) -> dict[str, Path]:
+    """Method that learns from synthetic images alone -> its set, of those in a split's workspace."""
     folders = {name: variant.folder + "/synthetic" for name, variant in VARIANTS.items()}
     folders[SYNTHETIC_ONLY] = "synthetic"
     return {
-        name: cell / folders[name] for name in METHODS if name in folders and (cell / folders[name]).is_dir()
+        name: workspace / folders[name]
+        for name in METHODS
+        if name in folders and (workspace / folders[name]).is_dir()
     }
 
 
@@ -83,12 +85,12 @@ def measure_sets(
     test = test.with_classes(tuple(compared["classes"]))
     real = student.features(test.load(student.preprocessing))
     found: dict[tuple[int, str], list[dict[str, float]]] = {}
-    for cell in compared["cells"]:
-        folders = set_folders(workspace / f"{cell['shots']}-shot-{cell['seed']}")
-        for method in folders.keys() & cell["top1"].keys():
+    for split in compared["splits"]:
+        folders = set_folders(workspace / f"{split['shots']}-shot-{split['seed']}")
+        for method in folders.keys() & split["top1"].keys():
             synthetic = ImageSet.scan(folders[method])
-            measured = {"top1": cell["top1"][method], **measure_set(student, synthetic, real, test.labels)}
-            found.setdefault((cell["shots"], method), []).append(measured)
+            measured = {"top1": split["top1"][method], **measure_set(student, synthetic, real, test.labels)}
+            found.setdefault((split["shots"], method), []).append(measured)
     order = list(METHODS)
     keys = sorted(found, key=lambda key: (key[0], order.index(key[1])))
     return [{"shots": shots, "method": method, **_row(found[shots, method])} for shots, method in keys]

@@ -24,8 +24,8 @@ from synthkit.data.splits import check_disjoint, k_shot
 from synthkit.metrics import classification as metrics
 from synthkit.one_line import OneLineErrors
 from synthkit.recipes.chain import ChainSettings
-from synthkit.recipes.studies.compare import Cell, cell_draw
-from synthkit.recipes.studies.methods import Draw, answers
+from synthkit.recipes.studies.compare import Split, split_run
+from synthkit.recipes.studies.methods import Run, predict
 from synthkit.recipes.train import Train, TrainingData, synthetic_steps
 
 #: Epochs over the largest set; smaller ones are repeated more often.
@@ -39,28 +39,28 @@ def first_of_each(images: ImageSet, count: int) -> ImageSet:
     return images.subset(np.concatenate([one[np.argsort(names[one])[:count]] for one in members]))
 
 
-def top1_over_volume(draw: Draw, test: ImageSet, volumes: Sequence[int]) -> dict[int, float]:
+def top1_over_volume(run: Run, test: ImageSet, volumes: Sequence[int]) -> dict[int, float]:
     """Images per class -> top-1 of the student that learned from them.
 
     Args:
-        draw: the photos, whose style the images have.
+        run: the photos, whose style the images have.
         test: real test images of the same classes.
         volumes: images per class.
     """
-    usual, folder = draw.chain.generate, draw.place.root / "volume"
-    draw.stage("learn-style")
+    usual, folder = run.chain.generate, run.workspace.root / "volume"
+    run.run_until("learn-style")
     largest = replace(usual.settings, per_class=max(volumes))
     generated = run_stage(replace(usual, settings=largest, out=folder / "synthetic"))
     everything = ImageSet.scan(generated.out)
-    training = replace(draw.settings.train, epochs=_LARGEST_EPOCHS)
+    training = replace(run.settings.train, epochs=_LARGEST_EPOCHS)
     steps = synthetic_steps(training, TrainingData(everything, None))
     found = {}
     for volume in volumes:
         images = first_of_each(everything, volume)
-        epoch = synthetic_steps(replace(draw.settings.train, epochs=1), TrainingData(images, None))
-        settings = replace(draw.settings.train, epochs=round(steps / epoch))
+        epoch = synthetic_steps(replace(run.settings.train, epochs=1), TrainingData(images, None))
+        settings = replace(run.settings.train, epochs=round(steps / epoch))
         student = run_stage(Train(settings, folder / f"student-{volume}", images)).out
-        found[volume] = metrics.top1(answers(student, test), test.labels)
+        found[volume] = metrics.top1(predict(student, test), test.labels)
     return found
 
 
@@ -128,8 +128,8 @@ def main(
     measured: list[dict[int, float]] = []
     for seed in range(seeds):
         photos = pool.subset(k_shot(pool, shots, seed))
-        draw = cell_draw(settings, workspace, photos, Cell(shots, seed))
-        measured.append(top1_over_volume(draw, test, volumes))
+        run = split_run(settings, workspace, photos, Split(shots, seed))
+        measured.append(top1_over_volume(run, test, volumes))
         table = rows(measured)
         result = {"rows": table, "seeds": measured, "shots": shots, "n_test": len(test)}
         described = {**result, "settings": asdict(settings), "versions": versions()}

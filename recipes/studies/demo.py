@@ -20,8 +20,8 @@ from synthkit.data.contact_sheet import contact_sheet
 from synthkit.data.images import ImageSet
 from synthkit.metrics.classification import top1
 from synthkit.recipes.chain import ChainSettings, Workspace
-from synthkit.recipes.studies.compare import measure
-from synthkit.recipes.studies.methods import ADAPTED, BRIDGED, FEW_SHOT, METHODS, SYNTHETIC_ONLY, Draw
+from synthkit.recipes.studies.compare import predict_with_methods
+from synthkit.recipes.studies.methods import ADAPTED, BRIDGED, FEW_SHOT, METHODS, SYNTHETIC_ONLY, Run
 
 SHEET = "contact_sheet.png"
 _PER_ROW = 16
@@ -38,53 +38,55 @@ class DemoRow:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo made.
+    """The demo's results.
 
     Attributes:
         stages: of the chain, in order.
         rows: the table.
-        path: what `adapt` chose.
+        strategy: the fine-tuning strategy that `adapt` chose.
         n_test: real test images.
         sheet: the contact sheet's file.
     """
 
     stages: list[StageResult]
     rows: list[DemoRow]
-    path: str
+    strategy: str
     n_test: int
     sheet: Path
 
 
 def run_demo(
-    settings: ChainSettings, place: Workspace, photos: ImageSet, test: ImageSet, force: bool
+    settings: ChainSettings, workspace: Workspace, photos: ImageSet, test: ImageSet, force: bool
 ) -> DemoResult:
     """Run the chain, the compared methods and the contact sheet.
 
     Args:
         settings: of the chain.
-        place: the workspace.
+        workspace: where the chain writes.
         photos: real few shots.
-        test: real test images, looked at only here and only to measure.
+        test: real test images, used here only, and only to measure.
         force: adapt and export again even when nothing changed.
     """
-    draw = Draw(settings, place, photos, force)
-    predicted = measure(draw, test, _COMPARED)
-    rows = [DemoRow(METHODS[method].title, top1(one, test.labels)) for method, one in predicted.items()]
-    return DemoResult(draw.stages(), rows, draw.path, len(test), draw_sheet(draw))
+    run = Run(settings, workspace, photos, force)
+    predicted = predict_with_methods(run, test, _COMPARED)
+    rows = [
+        DemoRow(METHODS[method].title, top1(classes, test.labels)) for method, classes in predicted.items()
+    ]
+    return DemoResult(run.run_all(), rows, run.strategy(), len(test), write_contact_sheet(run))
 
 
-def draw_sheet(draw: Draw) -> Path:
+def write_contact_sheet(run: Run) -> Path:
     """Real few shots beside synthetic images in the learned style and without it."""
-    place, photos, usual = draw.place, draw.photos, draw.chain.generate
+    workspace, photos, usual = run.workspace, run.photos, run.chain.generate
     few = replace(usual.settings, per_class=max(1, _PER_ROW // len(photos.classes) + 1))
-    plain = run_stage(replace(usual, settings=few, style=None, out=place.root / "plain"))
+    plain = run_stage(replace(usual, settings=few, style=None, out=workspace.root / "plain"))
     rows = [
         ("real few shots", _pictures(photos)),
-        ("synthetic, learned style", _pictures(ImageSet.scan(place.synthetic))),
+        ("synthetic, learned style", _pictures(ImageSet.scan(workspace.synthetic))),
         ("synthetic, plain prompt", _pictures(ImageSet.scan(plain.out))),
     ]
-    contact_sheet(rows, place.root / SHEET)
-    return place.root / SHEET
+    contact_sheet(rows, workspace.root / SHEET)
+    return workspace.root / SHEET
 
 
 def _pictures(images: ImageSet) -> Sequence[Image.Image]:

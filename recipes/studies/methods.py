@@ -1,14 +1,14 @@
-"""What `compare` compares: how each method makes a classifier of one draw of photos.
+"""The methods that `compare` compares: how each makes a classifier of a few photos.
 
     photos ──chain──► synthetic/ ──► student/synthetic/ ──► student/ ──► adapted/ ──► bundle/
        │              "synthetic"                          "bridged++"              "adapted"
        ├──synthetic/ and photos, other training methods──► methods/<method>/
-       ├──student/synthetic/, last units on the photos──► last-<N>/
+       ├──student/synthetic/, last layer groups on the photos──► last-<N>/
        └──other prompts──► <variant>/{style,synthetic,student}/
 
-All of them take as many gradient steps as both stages of the bridge together, but for "vanilla", which takes
-the real stage's, those of synthetic images alone, which take the synthetic stage's, and the last units, whose
-steps are `adapt`'s. Every folder is a stage's, so what was made before is found again.
+Each takes as many gradient steps as both stages of bridged transfer together, with three exceptions:
+"vanilla" takes those of the real stage, synthetic images alone take those of the synthetic stage, and the
+last layer groups take those of `adapt`. Every folder is a stage's, so that nothing is made twice.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ from synthkit.recipes.learn_style import TOKEN_FILE
 from synthkit.recipes.train import METHODS as TRAINING_METHODS
 from synthkit.recipes.train import Train
 
-FEW_SHOT, SYNTHETIC_ONLY, BRIDGED, ADAPTED = "few-shot", "synthetic", "bridged++", "adapted"
+FEW_SHOT, SYNTHETIC_ONLY, BRIDGED, ADAPTED = "vanilla-matched", "synthetic", "bridged++", "adapted"
 PLAIN, CONTROL, CLUSTERED, HALF_PLAIN = "plain", "control", "clustered", "half-plain"
 
 _CLUSTERS = 3
 
 
 @dataclass(frozen=True)
-class Draw:
-    """One draw of photos and the workspace where the methods meet it.
+class Run:
+    """The chain on one split of photos, of which each method runs as many stages as it needs.
 
     Attributes:
         settings: of the chain.
-        place: the workspace.
+        workspace: where the chain and the methods write.
         photos: real few shots.
         force: adapt and export again even when nothing changed.
         test: test images, which the filter "leak" keeps away from synthetic ones.
     """
 
     settings: ChainSettings
-    place: Workspace
+    workspace: Workspace
     photos: ImageSet
     force: bool = field(default=False)
     test: ImageSet | None = field(default=None)
@@ -59,32 +59,31 @@ class Draw:
     @cached_property
     def chain(self) -> Chain:
         """The chain on these photos."""
-        return Chain(self.settings, self.place, self.photos, test=self.test)
+        return Chain(self.settings, self.workspace, self.photos, test=self.test)
 
     @cached_property
-    def _running(self) -> Iterator[StageResult]:
+    def _remaining(self) -> Iterator[StageResult]:
         return self.chain.run(force=self.force)
 
     @cached_property
-    def _made(self) -> dict[str, StageResult]:
+    def _finished(self) -> dict[str, StageResult]:
         return {}
 
-    def stage(self, name: str) -> StageResult:
-        """A stage of the chain, made with those before it when it is first asked for."""
-        while name not in self._made:
-            done = next(self._running)
-            self._made[done.manifest.stage] = done
-        return self._made[name]
+    def run_until(self, name: str) -> StageResult:
+        """Run the chain up to a stage, which happens once; returns that stage's result."""
+        while name not in self._finished:
+            result = next(self._remaining)
+            self._finished[result.manifest.stage] = result
+        return self._finished[name]
 
-    def stages(self) -> list[StageResult]:
-        """The whole chain, in order."""
-        self.stage("export")
-        return list(self._made.values())
+    def run_all(self) -> list[StageResult]:
+        """Run the whole chain; returns the results in order."""
+        self.run_until("export")
+        return list(self._finished.values())
 
-    @property
-    def path(self) -> str:
-        """What `adapt` chose."""
-        return str(self.stage("adapt").manifest.metrics["path"])
+    def strategy(self) -> str:
+        """Run the chain until `adapt`; returns the fine-tuning strategy that it chose."""
+        return str(self.run_until("adapt").manifest.metrics["path"])
 
 
 @dataclass(frozen=True)
@@ -110,56 +109,56 @@ VARIANTS = {
 }
 
 
-def by_training_method(draw: Draw, method: str, **changes: Any) -> Path:
-    """The student that a training method makes of the draw's synthetic images and photos.
+def train_by(run: Run, method: str, **changes: Any) -> Path:
+    """Train a student on the run's synthetic images and photos by a training method; returns its folder.
 
     Args:
-        draw: the photos.
+        run: the photos.
         method: a key of `synthkit.recipes.train.METHODS`.
         changes: settings of `train` to change.
     """
-    settings = override(draw.settings.train, {"method": method, **changes})
+    settings = override(run.settings.train, {"method": method, **changes})
     folder = "-".join([method, *(f"{name}={value}" for name, value in changes.items())])
-    out = draw.place.root / "methods" / folder
-    return run_stage(Train(settings, out, draw.stage("generate").out, draw.photos)).out
+    out = run.workspace.root / "methods" / folder
+    return run_stage(Train(settings, out, run.run_until("generate").out, run.photos)).out
 
 
-def last_units(draw: Draw, count: int) -> Path:
-    """The student of the synthetic images after its last units learned the photos."""
-    settings = override(draw.settings.adapt, {"path": "auto", "layers": str(count)})
-    student, out = draw.stage("train").out, draw.place.root / f"last-{count}"
-    return run_stage(Adapt(settings, draw.settings.train, student, draw.photos, out)).out
+def adapt_last(run: Run, count: int) -> Path:
+    """Fine-tune the last layer groups of the synthetic student on the photos; returns the folder."""
+    settings = override(run.settings.adapt, {"path": "auto", "layers": str(count)})
+    student, out = run.run_until("train").out, run.workspace.root / f"last-{count}"
+    return run_stage(Adapt(settings, run.settings.train, student, run.photos, out)).out
 
 
-def synthetic_set(draw: Draw, method: str) -> Path:
+def synthetic_set(run: Run, method: str) -> Path:
     """The synthetic images that a method of synthetic images alone learns from.
 
     Args:
-        draw: the photos.
+        run: the photos.
         method: `SYNTHETIC_ONLY` or a key of `VARIANTS`.
     """
     if method == SYNTHETIC_ONLY:
-        return draw.stage("generate").out
+        return run.run_until("generate").out
     variant = VARIANTS[method]
-    draw.stage("build-engines")
-    folder, token = draw.place.root / variant.folder, None
+    run.run_until("build-engines")
+    folder, token = run.workspace.root / variant.folder, None
     if variant.style is not None:
-        style = draw.chain.learn_style
+        style = run.chain.learn_style
         changed = replace(style.settings, **variant.style)
         token = run_stage(replace(style, settings=changed, out=folder / "style")).out / TOKEN_FILE
-    usual = draw.chain.generate
+    usual = run.chain.generate
     settings = replace(usual.settings, **variant.generate)
     return run_stage(replace(usual, settings=settings, style=token, out=folder / "synthetic")).out
 
 
-def synthetic_only(draw: Draw, method: str) -> Path:
+def synthetic_only(run: Run, method: str) -> Path:
     """The student of a method's synthetic images alone."""
     from synthkit.learning.students import SYNTHETIC
 
     if method == SYNTHETIC_ONLY:
-        return draw.stage("train").out / SYNTHETIC
-    out = draw.place.root / VARIANTS[method].folder / "student"
-    return run_stage(Train(draw.settings.train, out, synthetic_set(draw, method))).out
+        return run.run_until("train").out / SYNTHETIC
+    out = run.workspace.root / VARIANTS[method].folder / "student"
+    return run_stage(Train(run.settings.train, out, synthetic_set(run, method))).out
 
 
 @dataclass(frozen=True)
@@ -172,30 +171,26 @@ class Method:
     """
 
     title: str
-    make: Callable[[Draw], Path]
+    make: Callable[[Run], Path]
 
 
 def _alone(method: str, title: str) -> Method:
-    return Method(f"synthetic only, {title}", lambda draw: synthetic_only(draw, method))
+    return Method(f"synthetic only, {title}", lambda run: synthetic_only(run, method))
 
 
 def _training_method(name: str) -> Method:
-    return Method(TRAINING_METHODS[name].title, lambda draw: by_training_method(draw, name))
+    return Method(TRAINING_METHODS[name].title, lambda run: train_by(run, name))
 
 
 def _last(count: int) -> Method:
-    title = f"synthetic, then the last {count} unit{'s' * (count > 1)} on photos"
-    return Method(title, lambda draw: last_units(draw, count))
+    title = f"synthetic, then the last {count} layer group{'s' * (count > 1)} on photos"
+    return Method(title, lambda run: adapt_last(run, count))
 
 
 #: Name -> method, in the order of the tables.
 METHODS = {
-    FEW_SHOT: Method(
-        "few-shot only, same number of steps", lambda draw: by_training_method(draw, "vanilla-matched")
-    ),
-    "vanilla": Method(
-        "few-shot only, steps of the real stage alone", lambda draw: by_training_method(draw, "vanilla")
-    ),
+    FEW_SHOT: Method("few-shot only, same number of steps", lambda run: train_by(run, "vanilla-matched")),
+    "vanilla": Method("few-shot only, steps of the real stage alone", lambda run: train_by(run, "vanilla")),
     "vanilla-mixup": _training_method("vanilla-mixup"),
     PLAIN: _alone(PLAIN, "plain prompts"),
     CONTROL: _alone(CONTROL, "untrained token"),
@@ -203,20 +198,18 @@ METHODS = {
     CLUSTERED: _alone(CLUSTERED, f"{_CLUSTERS} learned styles"),
     HALF_PLAIN: _alone(HALF_PLAIN, "half learned style, half plain prompts"),
     "mixed": _training_method("mixed"),
-    "mixed-half": Method(
-        "both, half a batch each", lambda draw: by_training_method(draw, "mixed", real_share=0.5)
-    ),
+    "mixed-half": Method("both, half a batch each", lambda run: train_by(run, "mixed", real_share=0.5)),
     "joint": _training_method("joint"),
     "mixed-auxbn": _training_method("mixed-auxbn"),
     "bridged": _training_method("bridged"),
-    BRIDGED: Method("bridged++", lambda draw: draw.stage("train").out),
+    BRIDGED: Method("bridged++", lambda run: run.run_until("train").out),
     **{f"last-{count}": _last(count) for count in (1, 2, 4)},
-    ADAPTED: Method("adapted bundle", lambda draw: draw.stage("export").out),
+    ADAPTED: Method("adapted bundle", lambda run: run.run_until("export").out),
 }
 
 
-def answers(folder: Path, images: ImageSet) -> np.ndarray:
-    """What a student or a bundle says of images: class indices [N] in the order of the images' classes."""
+def predict(folder: Path, images: ImageSet) -> np.ndarray:
+    """Class indices [N], in the order of the images' classes, that a student or a bundle predicts."""
     if (folder / FACTS).is_file():
         return predict_labels(Bundle.open(folder), images)
     from synthkit.learning.students import load_student

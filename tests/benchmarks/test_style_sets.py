@@ -35,7 +35,7 @@ def workspace(tmp_path: Path) -> Path:
         {"shots": 2, "seed": seed, "top1": {SYNTHETIC_ONLY: 0.8 + seed / 10, PLAIN: 0.5, "adapted": 1.0}}
         for seed in (0, 1)
     ]
-    write_json(tmp_path / "compare.json", {"cells": cells, "classes": COLOURS, "n_test": 3 * EACH})
+    write_json(tmp_path / "compare.json", {"splits": cells, "classes": COLOURS, "n_test": 3 * EACH})
     colour_folders(tmp_path / "test", COLOURS, each=EACH, seed=3)
     return tmp_path
 

@@ -19,7 +19,7 @@ from synthkit.recipes.settings import (
     StyleSettings,
     TrainSettings,
 )
-from synthkit.recipes.studies.compare import Cell, cell_draw
+from synthkit.recipes.studies.compare import Split, split_run
 from tests.tiny_students import colour_folders
 
 COLOURS = ("blue", "green", "red")
@@ -36,11 +36,11 @@ def test_the_smaller_sets_lie_within_the_larger_and_all_get_as_many_steps(
         GenerateSettings(steps=1),
         train=TrainSettings(student="test_resnet", batch_size=3),
     )
-    draw = cell_draw(settings, tmp_path / "w", photos, Cell(1, 0))
-    found = top1_over_volume(draw, test, [1, 2, 4])
+    run = split_run(settings, tmp_path / "w", photos, Split(1, 0))
+    found = top1_over_volume(run, test, [1, 2, 4])
     assert list(found) == [1, 2, 4] and all(0 <= top1 <= 1 for top1 in found.values())
 
-    folder = draw.place.root / "volume"
+    folder = run.workspace.root / "volume"
     largest = ImageSet.scan(folder / "synthetic")
     assert set(largest.counts().values()) == {4}
     for volume in (1, 2, 4):

@@ -43,23 +43,18 @@ def _method_names(_context: click.Context, _option: click.Parameter, text: str) 
 @click.option(
     "--methods",
     callback=_method_names,
-    default="few-shot,synthetic,bridged++,adapted",
+    default="vanilla-matched,synthetic,bridged++,adapted",
     show_default=True,
-    help="What to compare; few-shot is the training method vanilla-matched. Also the methods vanilla, "
-    "vanilla-mixup, mixed, mixed-half, joint, mixed-auxbn and bridged, the last units alone (last-1, last-2, "
-    "last-4), synthetic images of other prompts: plain, control, clustered, half-plain.",
+    help="Names of `train --method`; last-1, last-2, last-4: the last layer groups alone; adapted: the "
+    "bundle of `adapt`; plain, control, clustered, half-plain: synthetic images of other prompts.",
 )
-@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Cells at a time.")
+@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Processes.")
 @click.option(
-    "--seeds", type=click.IntRange(1), default=3, show_default=True, help="Draws per number of shots."
+    "--seeds", type=click.IntRange(1), default=3, show_default=True, help="Splits per number of shots."
 )
-@click.option(
-    "--shots", callback=_numbers, default="1,2,4,8,16", show_default=True, help="Photos per class to draw."
-)
-@click.option("--test-dir", type=click.Path(path_type=Path), required=True, help="Real test images.")
-@click.option(
-    "--real-dir", type=click.Path(path_type=Path), required=True, help="Real photos to draw few shots from."
-)
+@click.option("--shots", callback=_numbers, default="1,2,4,8,16", show_default=True, help="Photos per class.")
+@options.folder("--test-dir", "Real test images.", required=True)
+@options.folder("--real-dir", "Real photos to take the few shots from.", required=True)
 def command(
     workspace: Path,
     real_dir: Path,
@@ -70,31 +65,30 @@ def command(
     jobs: int,
     **recipe: Any,
 ) -> options.Output:
-    """Run the chain and the methods it is compared with on several draws of photos, and make a table.
+    """Compare methods over several splits of real photos, and write a table.
 
-    A draw that was measured before is not measured again; --seed is the first draw's.
+    Each seed takes other photos per class, and the chain and every method learn the same ones. A split that
+    was measured before is not measured again. --seed is the first seed.
 
     \b
-    Example: synthkit compare --real-dir ./pool --test-dir ./test --shots 1,2,4 --seeds 3
+    Examples:
+      synthkit compare --real-dir ./pool --test-dir ./test --shots 1,2,4 --seeds 3
+      synthkit compare --real-dir ./pool --test-dir ./test --methods vanilla-matched,last-1,adapted --jobs 4
     """
     from synthkit.artifacts import workspace_lock, write_bytes, write_json
     from synthkit.data.images import ImageSet
     from synthkit.recipes.chain import ChainSettings, Workspace
-    from synthkit.recipes.studies.compare import Cell, compare, plot
+    from synthkit.recipes.studies.compare import Split, compare, comparison_markdown, plot_comparison
 
     settings = ChainSettings.from_given(options.given(recipe), Workspace(workspace))
     first = settings.adapt.seed
-    cells = [Cell(count, seed) for count in shots for seed in range(first, first + seeds)]
+    splits = [Split(count, seed) for count in shots for seed in range(first, first + seeds)]
     with workspace_lock(workspace):
         pool, test = ImageSet.scan(real_dir), ImageSet.scan(test_dir)
-        result = compare(settings, workspace, pool, test, methods, cells, jobs)
-        write_json(workspace / "compare.json", result)
-        write_bytes(workspace / "compare.md", (text := _text(result)).encode())
-        plot(result["rows"], workspace / "compare.png")
-    return options.Output(result, f"{text}\nalso in {workspace / 'compare'}.json, .md and .png")
-
-
-def _text(result: dict[str, Any]) -> str:
-    from synthkit.recipes.studies.compare import markdown
-
-    return f"Top-1 on {result['n_test']} real test images\n\n{markdown(result)}\n"
+        result = compare(settings, workspace, pool, test, methods, splits, jobs)
+        table = comparison_markdown(result.rows, result.paired)
+        text = f"Top-1 on {result.n_test} real test images\n\n{table}\n"
+        write_json(workspace / "compare.json", result.to_json())
+        write_bytes(workspace / "compare.md", text.encode())
+        plot_comparison(result.rows, workspace / "compare.png")
+    return options.Output(result.to_json(), f"{text}\nalso in {workspace / 'compare'}.json, .md and .png")

@@ -26,7 +26,7 @@ def command(workspace: Path, shots: int, seed: int, force: bool) -> options.Outp
     """
     from synthkit.artifacts import workspace_lock
     from synthkit.recipes.chain import ChainSettings, Workspace
-    from synthkit.recipes.studies.compare import seeded
+    from synthkit.recipes.studies.compare import with_seed
     from synthkit.recipes.studies.demo import run_demo
     from synthkit.recipes.studies.digits import write_digits
 
@@ -34,7 +34,7 @@ def command(workspace: Path, shots: int, seed: int, force: bool) -> options.Outp
     place = Workspace(workspace / f"demo-{shots}-shot-{seed}")
     with workspace_lock(place.root):
         photos, test = write_digits(place.root / "digits", shots, seed)
-        result = run_demo(seeded(ChainSettings(), seed), place, photos, test, force)
+        result = run_demo(with_seed(ChainSettings(), seed), place, photos, test, force)
     return _answer(result, place.root, time.perf_counter() - started)
 
 
@@ -50,14 +50,14 @@ def _answer(result: DemoResult, folder: Path, seconds: float) -> options.Output:
     lines += [f"  {method:<{width}}  {share:.3f}" for method, share in rows.items()]
     lines += [
         "",
-        f"path of the adapted bundle: {result.path}",
+        f"strategy of the adapted bundle: {result.strategy}",
         f"contact sheet: {result.sheet}",
         f"bundle:        {folder / 'bundle'}",
         f"{seconds:.0f} s in all",
     ]
     data: dict[str, Any] = {
         "rows": [{"method": method, "top1": share} for method, share in rows.items()],
-        "path": result.path,
+        "strategy": result.strategy,
         "n_test": result.n_test,
         "stages": stages,
         "seconds": round(seconds, 1),

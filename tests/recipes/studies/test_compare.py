@@ -1,8 +1,9 @@
-"""`compare`: nested draws, the same photos for every method, and a table that says what was measured."""
+"""`compare`: nested splits, the same photos for every method, and a table that says what was measured."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,16 @@ from PIL import Image
 from synthkit.cli import main
 from synthkit.data.images import ImageSet
 from synthkit.recipes.chain import Workspace
-from synthkit.recipes.studies.compare import Cell, Scores, ahead_line, markdown, paired, rows
+from synthkit.recipes.studies.compare import (
+    ComparisonRow,
+    PairedRow,
+    Predictions,
+    Split,
+    comparison_markdown,
+    comparison_rows,
+    difference_line,
+    paired_rows,
+)
 from synthkit.recipes.studies.digits import write_digits
 from synthkit.recipes.studies.methods import ADAPTED, BRIDGED, FEW_SHOT, PLAIN, SYNTHETIC_ONLY
 from tests.stages import given
@@ -61,23 +71,23 @@ def compared(folders: Path, tiny_model: Path) -> tuple[Path, dict[str, Any]]:
     return folders / "w", json.loads(result.stdout)
 
 
-def test_every_method_answers_for_every_draw(compared: tuple[Path, dict[str, Any]]) -> None:
+def test_every_method_predicts_for_every_split(compared: tuple[Path, dict[str, Any]]) -> None:
     workspace, answer = compared
     assert [(row["shots"], row["method"]) for row in answer["rows"]] == [
         (shots, method) for shots in (1, 2) for method in COMPARED
     ]
     assert all(row["seeds"] == 1 and row["top1_std"] == 0 for row in answer["rows"])
-    assert [(cell["shots"], cell["seed"]) for cell in answer["cells"]] == [(1, 3), (2, 3)]
+    assert [(split["shots"], split["seed"]) for split in answer["splits"]] == [(1, 3), (2, 3)]
     assert answer["n_test"] == 6 and answer["versions"]["synthkit"]
-    for cell in answer["cells"]:
-        confusion = np.array(cell["confusion"][ADAPTED])
+    for split in answer["splits"]:
+        confusion = np.array(split["confusion"][ADAPTED])
         assert confusion.sum() == 6 and np.trace(confusion) / 6 == pytest.approx(
-            cell["top1"][ADAPTED], abs=1e-4
+            split["top1"][ADAPTED], abs=1e-4
         )
     assert json.loads((workspace / "compare.json").read_text("utf-8")) == answer
 
 
-def test_all_methods_saw_the_draw_and_nothing_else(compared: tuple[Path, dict[str, Any]]) -> None:
+def test_all_methods_saw_the_split_and_nothing_else(compared: tuple[Path, dict[str, Any]]) -> None:
     workspace, _ = compared
     for shots in (1, 2):
         place = Workspace(workspace / f"{shots}-shot-3")
@@ -96,8 +106,7 @@ def test_training_methods_take_the_bridge_s_steps_on_the_same_images(
 ) -> None:
     place = compared[0] / "2-shot-3"
     made = {
-        path.name: json.loads((path / "manifest.json").read_text("utf-8"))
-        for path in place.glob("methods/*")
+        path.name: json.loads((path / "manifest.json").read_text("utf-8")) for path in place.glob("methods/*")
     }
     bridged = json.loads((place / "student" / "manifest.json").read_text("utf-8"))
     assert bridged["metrics"]["synthetic_steps"] > 0, (
@@ -122,9 +131,13 @@ def test_what_was_measured_is_not_measured_again(
     assert [path.parent for path in workspace.rglob("model_index.json")] == [workspace / "engines"]
     before = {path: path.stat().st_mtime_ns for path in workspace.rglob("*.onnx")}
     arguments = ["--real-dir", folders / "pool", "--test-dir", folders / "test", "--model", tiny_model]
+    environment = dict(os.environ)
     result = call(workspace, *arguments, *QUICK, "--jobs", "2")
     assert result.exit_code == 0, result.stderr
-    assert markdown(answer) in result.stdout
+    assert dict(os.environ) == environment, "the processes' share of the cores is not the caller's"
+    rows = [ComparisonRow(**row) for row in answer["rows"]]
+    paired = [PairedRow(**row) for row in answer["paired"]]
+    assert comparison_markdown(rows, paired) in result.stdout
     assert (workspace / "compare.md").read_text("utf-8").strip() in result.stdout
     assert Image.open(workspace / "compare.png").size == (900, 400)
     assert {path: path.stat().st_mtime_ns for path in workspace.rglob("*.onnx")} == before
@@ -133,45 +146,46 @@ def test_what_was_measured_is_not_measured_again(
 def test_rows_are_means_and_sample_deviations_over_the_seeds() -> None:
     labels = np.array([0, 1, 0, 1])
     right, half = [0, 1, 0, 1], [0, 0, 0, 0]
-    scores = [
-        Scores(Cell(2, 0), "last-1", dict.fromkeys(COMPARED, right)),
-        Scores(Cell(2, 1), "last-1", dict.fromkeys(COMPARED, half)),
-        Scores(Cell(1, 0), "last-1", dict.fromkeys(COMPARED, half)),
+    predictions = [
+        Predictions(Split(2, 0), "last-1", dict.fromkeys(COMPARED, right)),
+        Predictions(Split(2, 1), "last-1", dict.fromkeys(COMPARED, half)),
+        Predictions(Split(1, 0), "last-1", dict.fromkeys(COMPARED, half)),
     ]
-    table = rows(scores, labels)
-    assert table[0] == {
-        "method": FEW_SHOT,
-        "shots": 1,
-        "top1_mean": 0.5,
-        "top1_std": 0.0,
-        "top1_interval": None,
-        "seeds": 1,
-    }
-    assert table[len(COMPARED)]["top1_mean"] == 0.75 and table[len(COMPARED)]["top1_std"] == pytest.approx(
-        0.5**0.5 / 2, abs=1e-4
-    )
-    low, high = table[len(COMPARED)]["top1_interval"]  # t of one degree of freedom is 12.706
+    table = comparison_rows(predictions, labels)
+    assert table[0] == ComparisonRow(FEW_SHOT, 1, 0.5, 0.0, None, 1)
+    two_seeds = table[len(COMPARED)]
+    assert two_seeds.top1_mean == 0.75 and two_seeds.top1_std == pytest.approx(0.5**0.5 / 2, abs=1e-4)
+    assert two_seeds.top1_interval
+    low, high = two_seeds.top1_interval  # t of one degree of freedom is 12.706
     assert (low + high) / 2 == pytest.approx(0.75) and high - low == pytest.approx(12.706 * 0.5, abs=1e-2)
 
 
-def test_a_method_is_paired_with_the_photos_alone_by_draw() -> None:
+def test_a_method_is_paired_with_the_photos_alone_by_seed() -> None:
     labels = np.arange(10)
 
-    def answers(right: int) -> list[int]:
+    def classes(right: int) -> list[int]:
         return [*range(right), *[-1] * (10 - right)]
 
-    scores = [
-        Scores(Cell(2, seed), "full", {**dict.fromkeys(COMPARED, answers(4 + seed)), ADAPTED: answers(ahead)})
+    predictions = [
+        Predictions(
+            Split(shots, seed),
+            "full",
+            {**dict.fromkeys(COMPARED, classes(4 + seed)), ADAPTED: classes(ahead)},
+        )
+        for shots in (2, 4)
         for seed, ahead in ((1, 7), (0, 5), (2, 9))
     ]
-    table = {row["method"]: row for row in paired(scores, labels)}
-    assert table[ADAPTED]["difference"] == pytest.approx(0.2) and table[BRIDGED]["difference"] == 0
+    rows = paired_rows(predictions, labels)
+    table = {row.method: row for row in rows if row.shots == 2}
+    assert table[ADAPTED].difference == pytest.approx(0.2) and table[BRIDGED].difference == 0
     # differences .1, .2, .3: t = .2 / (.1 / sqrt(3)) = 3.46 with two degrees of freedom
-    assert table[ADAPTED]["p_value"] == pytest.approx(0.0742, abs=1e-4) and table[BRIDGED]["p_value"] is None
-    text = markdown({"rows": rows(scores, labels), "paired": paired(scores, labels)})
-    assert "| 2 | 0.500 ± 0.100 |" in text and "- adapted, 2 per class: +20.0 (p = 0.074, 3 pairs)" in text
-    certain = {**table[ADAPTED], "p_value": 0.0004}
-    assert ahead_line(certain) == "- adapted, 2 per class: +20.0 (p < 0.001, 3 pairs)"
+    assert table[ADAPTED].p_value == pytest.approx(0.0742, abs=1e-4) and table[BRIDGED].p_value is None
+    assert table[ADAPTED].p_holm == pytest.approx(2 * 0.0742, abs=1e-4), "two tests could be made"
+    text = comparison_markdown(comparison_rows(predictions, labels), rows)
+    assert "| 2 | 0.500 ± 0.100 |" in text and "2 paired t-tests over the seeds" in text
+    assert "- adapted, 2 per class: +20.0 (p = 0.074, Holm 0.148, 3 pairs)" in text
+    certain = {**vars(table[ADAPTED]), "p_value": 0.0004, "p_holm": 0.0008}
+    assert difference_line(certain) == "- adapted, 2 per class: +20.0 (p < 0.001, Holm 0.001, 3 pairs)"
 
 
 @pytest.mark.parametrize(
