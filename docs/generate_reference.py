@@ -37,8 +37,8 @@ synthkit train --real-dir ./few_shots --config recipe.toml --set train.epochs=30
 ```
 
 A section belongs to the command of its name. `filter` belongs to `generate`. `adapt` takes all sections,
-since it runs every stage. Each value below is the default; a line that begins with `# name =` shows a setting whose
-default is chosen by what comes after `default:`.
+since it runs every stage. Each value below is the default; a line that begins with `# name =` shows a setting
+whose default is chosen by what comes after `default:`.
 """
 
 
