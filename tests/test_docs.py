@@ -27,7 +27,10 @@ from synthkit.recipes.settings import SECTIONS
 from tests.project_files import ROOT, mapping, modules
 
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")),
+    *sorted(DOCS.rglob("*.md")),
+]
 PROGRAMS = sorted((ROOT / "benchmarks").glob("*.py"))
 
 ENTRY = re.compile(r"^(?P<indent>[ │├└─]*)(?P<name>[\w.][\w./*-]*)(?: {2,}(?P<phrase>\S.*))?$")
