@@ -12,6 +12,7 @@ what it uses. Errors that a user can mend are `synthkit.errors.SynthkitError`.
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -30,6 +31,15 @@ if TYPE_CHECKING:
     from synthkit.recipes.settings import TrainSettings as TrainSettings
 
 __version__ = "0.1.0"
+
+# Nothing phones home. These libraries look when they are first imported, child processes inherit it, and
+# whoever wants their telemetry can set it otherwise.
+for _name, _value in (
+    ("ORT_DISABLE_TELEMETRY", "1"),
+    ("HF_HUB_DISABLE_TELEMETRY", "1"),
+    ("RAY_USAGE_STATS_ENABLED", "0"),
+):
+    os.environ.setdefault(_name, _value)
 
 _WHERE = {
     **dict.fromkeys(("adapt", "build_engines", "export", "generate"), "synthkit.recipes.api"),

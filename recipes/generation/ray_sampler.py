@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import socket
 import subprocess
 import sys
@@ -178,7 +177,6 @@ class _Crew:
 @contextlib.contextmanager
 def _cluster(address: str, workers: int | None) -> Iterator[tuple[Any, _Layout]]:
     """Ray, connected to a cluster, and how the workers are to be spread over it."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
     try:
         import ray
     except ImportError:

@@ -24,7 +24,7 @@ from synthkit.config import Given
 from synthkit.engines.bundle.format import Bundle
 from synthkit.learning.students import load_student, new_student
 from synthkit.recipes.chain import ChainSettings, Workspace
-from synthkit.recipes.settings import EngineSettings
+from synthkit.recipes.settings import SECTIONS, EngineSettings
 from tests.tiny_models import tiny_sdxl
 from tests.tiny_students import colour_folders
 
@@ -309,7 +309,7 @@ def test_the_settings_of_a_manifest_can_be_fed_back(site: Site) -> None:
         for name, folder in zip(STAGES, "engines style synthetic student adapted bundle".split(), strict=True)
     }
     everything = {section: values for one in recorded.values() for section, values in one.items()}
-    assert list(everything) == ["build-engines", "learn-style", "generate", "filter", "train", "adapt", "export"]
+    assert list(everything) == list(SECTIONS)
     recipe = site.root / "recipe.json"
     recipe.write_text(json.dumps({"settings": everything}))
     result = site.call("adapt", "--config", recipe, "--json")

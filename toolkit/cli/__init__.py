@@ -97,7 +97,6 @@ def _set_up_messages(verbose: bool, quiet: bool) -> None:
     level = logging.DEBUG if verbose else logging.ERROR if quiet else logging.INFO
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING, force=True)
     logging.getLogger("synthkit").setLevel(level)
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if not verbose:  # other libraries' chatter is for --verbose
         logging.getLogger().setLevel(logging.ERROR)
         warnings.simplefilter("ignore")
