@@ -1,8 +1,9 @@
-"""A student's graph in 8 bits: Q/DQ nodes around its layers, put there by ONNX Runtime's quantiser.
+"""A student's graph in 8 bits: Q/DQ nodes around its layers, inserted by ONNX Runtime's quantiser.
 
-One form does not serve two worlds. ONNX Runtime on a CPU fuses unsigned activations between layers and wants
-the biases in 32-bit integers; TensorRT wants symmetric signed values with zero points of 0, float biases, and
-no Q/DQ between a convolution and its activation. Softmax and the last linear layer stay in float in both.
+CPUs and TensorRT need different Q/DQ formats. ONNX Runtime on a CPU fuses unsigned activations between layers
+and wants the biases in 32-bit integers. TensorRT wants symmetric signed values with zero points of 0, float
+biases, and no Q/DQ between a convolution and its activation. Softmax and the last linear layer stay in float
+in both.
 """
 
 from __future__ import annotations
@@ -20,19 +21,20 @@ from synthkit.engines.runtime import onnx_graph
 from synthkit.engines.runtime.session import open_session
 
 _LAYERS = ("Conv", "Gemm", "MatMul")
-_ACTIVATIONS = ("Clip", "Relu")  # an 8-bit layer takes them in: its output has their range
+_ACTIVATIONS = ("Clip", "Relu")  # fused into an 8-bit layer, whose output then has their range
 
 
 @dataclass(frozen=True)
-class Form:
-    """How a target wants its Q/DQ graph.
+class QdqFormat:
+    """Q/DQ format of a target.
 
     Attributes:
-        activations: name of the activations' type in onnxruntime.quantization.QuantType.
-        between: operators without weights that compute in 8 bits too.
+        activations: type of the activations, a member of onnxruntime.quantization.QuantType.
+        weights: type of the weights.
+        between: operators without weights that also compute in 8 bits.
         reduce_range: weights of 7 bits. Processors without VNNI add pairs of products in 16 bits, which
             overflow with weights of 8.
-        guarded: float layers are shielded from ONNX Runtime, see `_guard`.
+        guarded: shield float layers from ONNX Runtime's fusion, see `_guard`.
         options: of ONNX Runtime's quantiser.
     """
 
@@ -44,14 +46,14 @@ class Form:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-FORMS = {
-    "cpu": Form(
+QDQ_FORMATS = {
+    "cpu": QdqFormat(
         activations="QUInt8",
         between=("Add", "AveragePool", "Clip", "Concat", "GlobalAveragePool", "MaxPool", "Mul", "Relu"),
         reduce_range=True,
         guarded=True,
     ),
-    "tensorrt": Form(
+    "tensorrt": QdqFormat(
         activations="QInt8",
         options={
             "ActivationSymmetric": True,
@@ -66,7 +68,7 @@ _COMMON = {"WeightSymmetric": True, "MatMulConstBOnly": True}
 
 
 def float_values(model: onnx.ModelProto) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
-    """A function that computes every float tensor of the graph from uint8 images [N, height, width, 3]."""
+    """Return a function: uint8 images [N, height, width, 3] -> every float tensor of the graph by name."""
     types = onnx_graph.value_types(model)
     names = [name for name, info in types.items() if info.type.tensor_type.elem_type == TensorProto.FLOAT]
     constant = onnx_graph.constant_values(model)
@@ -88,17 +90,17 @@ def layers(model: onnx.ModelProto, head: Mapping[str, str] | None) -> list[str]:
 def to_int8(
     model: onnx.ModelProto,
     ranges: Mapping[str, tuple[float, float]],
-    form: Form,
+    qdq_format: QdqFormat,
     head: Mapping[str, str] | None,
     keep_float: Collection[str] = (),
     only: Collection[str] = (),
 ) -> onnx.ModelProto:
-    """The model with Q/DQ nodes.
+    """Quantise a model by inserting Q/DQ nodes.
 
     Args:
         model: in fp32.
         ranges: (low, high) of every tensor's values.
-        form: what the target wants.
+        qdq_format: of the target.
         head: names of the head's tensors; it stays in float.
         keep_float: names of layers that stay in float.
         only: names of the only layers that leave float; empty: all that can.
@@ -117,17 +119,17 @@ def to_int8(
     quantizer = QDQQuantizer(
         prepared,
         True,  # per channel
-        form.reduce_range,
-        QuantType[form.weights],
-        QuantType[form.activations],
+        qdq_format.reduce_range,
+        QuantType[qdq_format.weights],
+        QuantType[qdq_format.activations],
         TensorsData(CalibrationMethod.MinMax, limits),
         sorted(_with_activations(prepared, only)),
         sorted(kept),
-        [*_LAYERS, *form.between],
-        {**_COMMON, **form.options},
+        [*_LAYERS, *qdq_format.between],
+        {**_COMMON, **qdq_format.options},
     )
     quantizer.quantize_model()
-    if form.guarded:
+    if qdq_format.guarded:
         _guard(quantizer.model.model, keep_float)
     OnnxModel.graph_topological_sort(quantizer.model.model.graph)  # the quantiser appends
     quantized: onnx.ModelProto = quantizer.model.model
@@ -149,7 +151,7 @@ def _guard(model: onnx.ModelProto, names: Collection[str]) -> None:
 
 
 def _with_activations(model: onnx.ModelProto, names: Collection[str]) -> set[str]:
-    """Layers and what clips their outputs: 8 bits between the two would mostly count clipped values."""
+    """The layers and the activations behind them: an 8-bit range between the two would be mostly clipped."""
     made = {name for node in model.graph.node if node.name in names for name in node.output}
     after = {n.name for n in model.graph.node if n.op_type in _ACTIVATIONS and n.input[0] in made}
     return {*names, *after}
@@ -158,14 +160,14 @@ def _with_activations(model: onnx.ModelProto, names: Collection[str]) -> set[str
 def correct_biases(
     model: onnx.ModelProto, rounded: Mapping[str, np.ndarray], channel_means: Mapping[str, np.ndarray]
 ) -> onnx.ModelProto:
-    """The model with the mean error that rounding its weights causes taken out of its biases.
+    """Subtract from the biases the mean error that rounding the weights causes.
 
-    What rounding adds to a layer's mean output is the rounding error of the weights times the mean of the
-    layer's input (Nagel et al. 2019, "Data-Free Quantization", section 4.2), here measured on images.
+    Rounding adds to a layer's mean output the rounding error of the weights times the mean of the layer's
+    input (Nagel et al. 2019, "Data-Free Quantization", section 4.2), here measured on images.
 
     Args:
         model: in fp32.
-        rounded: name of a convolution that leaves float -> its weights as they come back from 8 bits.
+        rounded: name of a quantised convolution -> its dequantised weights.
         channel_means: tensor name -> mean of each channel.
     """
     corrected = onnx.ModelProto()
@@ -181,7 +183,7 @@ def correct_biases(
 
 
 def rounded_weights(quantized: onnx.ModelProto) -> dict[str, np.ndarray]:
-    """Name of a quantised convolution -> its weights as they come back from 8 bits."""
+    """Dequantised weights of every quantised convolution, by its name."""
     made = {name for node in quantized.graph.node for name in node.output}
     convolutions = [n for n in quantized.graph.node if n.op_type == "Conv" and n.input[1] in made]
     if not convolutions:

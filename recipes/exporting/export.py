@@ -208,7 +208,7 @@ def export_student_bundle(
     failures = bundle.verify(work_dir)
     if failures:
         raise BundleError(f"the bundle fails its own check: {'; '.join(failures)}; report this student")
-    return _summary(work_dir, facts, default, refused, made.int8)
+    return _summary(work_dir, facts, default, refused, made.int8.to_json() if made.int8 else None)
 
 
 def _seen(sets: Images, preprocessing: Preprocessing) -> np.ndarray:

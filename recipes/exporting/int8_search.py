@@ -1,4 +1,4 @@
-"""How a student becomes 8 bits with the least loss: every way is tried, images held out decide.
+"""Search for the int8 quantization config with the least loss on held-out images.
 
     photos, synthetic images ─┬─ calibrate: ranges by every method, bias correction ─┐
                               └─ held out: agreement with fp32, drift per layer ─────┴─► int8 model + report
@@ -29,21 +29,21 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _CALIBRATE_AT_MOST, _HOLD_OUT_AT_MOST, _DRIFT_ON = 64, 64, 8
-_FLOAT_AT_MOST = 0.5  # of the layers; beyond that the model is int8 in name only
-_COUNTS = (1, 2, 4, 8, 16, 32)  # of layers in float that are tried
+_FLOAT_AT_MOST = 0.5  # fraction of the layers; beyond that the model is int8 in name only
+_COUNTS = (1, 2, 4, 8, 16, 32)  # numbers of float layers to try
 # Photos that the student learned lie far from its decision boundaries and keep their top-1 where others do
-# not: with an error of 0.05 the first student measured kept 97 % of unseen answers, with 0.23 only 85 %.
+# not, so the logits' error is limited as well.
 _ERROR_AT_MOST = 0.05
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way to quantise.
+class QuantizationConfig:
+    """Settings of one quantisation.
 
     Attributes:
-        method: how ranges are found, a key of `METHODS`.
+        method: of finding ranges, a key of `METHODS`.
         weight_bits: 7 or 8.
-        bias_correction: whether the mean rounding error of the weights was taken out of the biases.
+        bias_correction: subtract the mean rounding error of the weights from the biases.
         kept_float: names of layers that stay in float.
     """
 
@@ -54,11 +54,11 @@ class Way:
 
 
 @dataclass(frozen=True)
-class Loss:
-    """What quantising costs on held-out images.
+class QuantizationLoss:
+    """Cost of a quantisation on held-out images.
 
     Attributes:
-        agreement: share of images with the same top-1 as in fp32.
+        agreement: fraction of images with the same top-1 as in fp32.
         error: root mean square error of the logits, as a part of their root mean square.
     """
 
@@ -67,25 +67,73 @@ class Loss:
 
     @property
     def rank(self) -> tuple[float, float]:
-        """The larger, the better."""
+        """Sort key: larger is better."""
         return self.agreement, -self.error
 
     def within(self, max_drop: float) -> bool:
-        """Whether it is small enough for no layer to be kept in float."""
+        """True if no further layer needs to stay in float."""
         return self.agreement >= 1 - max_drop / 100 and self.error <= _ERROR_AT_MOST
 
 
 @dataclass(frozen=True)
-class Int8:
+class LayerDrift:
+    """Cost of quantising one layer alone.
+
+    Attributes:
+        layer: name of its node.
+        operator: of the node, for example "Conv".
+        error: as `QuantizationLoss.error`.
+    """
+
+    layer: str
+    operator: str
+    error: float
+
+
+@dataclass(frozen=True)
+class Int8Report:
+    """How an int8 model was chosen.
+
+    Attributes:
+        config: the chosen one.
+        calibrated_on: number of images that gave the ranges.
+        held_out: number of images that the losses were measured on.
+        tried: every config with its loss, in the order of the search.
+        drift: every layer that can be quantised, worst first.
+    """
+
+    config: QuantizationConfig
+    calibrated_on: int
+    held_out: int
+    tried: tuple[tuple[QuantizationConfig, QuantizationLoss], ...]
+    drift: tuple[LayerDrift, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as JSON data; of a config that was tried, `kept_float` is a number of layers."""
+        return {
+            **asdict(self.config),
+            "kept_float": list(self.config.kept_float),
+            "calibrated_on": self.calibrated_on,
+            "held_out": self.held_out,
+            "tried": [
+                {**asdict(config), "kept_float": len(config.kept_float), **asdict(loss)}
+                for config, loss in self.tried
+            ],
+            "drift": [asdict(layer) for layer in self.drift],
+        }
+
+
+@dataclass(frozen=True)
+class Int8Model:
     """The chosen model and how it was chosen."""
 
     model: onnx.ModelProto
-    report: dict[str, Any]
+    report: Int8Report
 
 
 @dataclass
 class _Search:
-    """A student, its images, and every way tried so far, with the model that it gave."""
+    """A student, its images, and the models and losses of the configs tried so far."""
 
     model: onnx.ModelProto
     head: Mapping[str, str] | None
@@ -93,66 +141,66 @@ class _Search:
     held: np.ndarray
     observed: Mapping[str, Observed]
     expected: np.ndarray
-    tried: dict[Way, Loss] = field(default_factory=dict)
-    models: dict[Way, onnx.ModelProto] = field(default_factory=dict)
+    tried: dict[QuantizationConfig, QuantizationLoss] = field(default_factory=dict)
+    models: dict[QuantizationConfig, onnx.ModelProto] = field(default_factory=dict)
     ranges: dict[str, Ranges] = field(default_factory=dict)
     rounded: dict[int, Mapping[str, np.ndarray]] = field(default_factory=dict)
 
-    def model_of(self, way: Way) -> onnx.ModelProto:
-        if way not in self.models:
-            self.models[way] = self._quantised(way)
-        return self.models[way]
+    def model_of(self, config: QuantizationConfig) -> onnx.ModelProto:
+        if config not in self.models:
+            self.models[config] = self._quantised(config)
+        return self.models[config]
 
-    def model_with_only(self, layer: str, way: Way) -> onnx.ModelProto:
-        return self._quantised(replace(way, kept_float=()), [layer])
+    def model_with_only(self, layer: str, config: QuantizationConfig) -> onnx.ModelProto:
+        return self._quantised(replace(config, kept_float=()), [layer])
 
-    def _quantised(self, way: Way, only: Collection[str] = ()) -> onnx.ModelProto:
+    def _quantised(self, config: QuantizationConfig, only: Collection[str] = ()) -> onnx.ModelProto:
         from synthkit.engines.student import int8 as quantize
 
-        form = replace(quantize.FORMS[self.target], reduce_range=way.weight_bits == 7)
-        ranges = self._ranges(way.method)
-        source = self._corrected(way, only) if way.bias_correction else self.model
-        return quantize.to_int8(source, ranges, form, self.head, way.kept_float, only)
+        qdq_format = replace(quantize.QDQ_FORMATS[self.target], reduce_range=config.weight_bits == 7)
+        ranges = self._ranges(config.method)
+        source = self._corrected(config, only) if config.bias_correction else self.model
+        return quantize.to_int8(source, ranges, qdq_format, self.head, config.kept_float, only)
 
     def _ranges(self, method: str) -> Ranges:
         if method not in self.ranges:
             self.ranges[method] = fit_ranges(self.observed, method)
         return self.ranges[method]
 
-    def _corrected(self, way: Way, only: Collection[str]) -> onnx.ModelProto:
-        """The model with the biases of the layers that leave float corrected."""
+    def _corrected(self, config: QuantizationConfig, only: Collection[str]) -> onnx.ModelProto:
+        """The model with corrected biases in the layers that get quantised."""
         from synthkit.engines.student import int8 as quantize
 
-        if way.weight_bits not in self.rounded:
-            plain = self.model_of(replace(way, bias_correction=False, kept_float=()))
-            self.rounded[way.weight_bits] = quantize.rounded_weights(plain)
+        if config.weight_bits not in self.rounded:
+            plain = self.model_of(replace(config, bias_correction=False, kept_float=()))
+            self.rounded[config.weight_bits] = quantize.rounded_weights(plain)
         means = {name: seen.channel_means for name, seen in self.observed.items()}
-        leave = set(only) or set(self.rounded[way.weight_bits]) - set(way.kept_float)
-        rounded = {name: weight for name, weight in self.rounded[way.weight_bits].items() if name in leave}
+        leave = set(only) or set(self.rounded[config.weight_bits]) - set(config.kept_float)
+        rounded = {name: weight for name, weight in self.rounded[config.weight_bits].items() if name in leave}
         return quantize.correct_biases(self.model, rounded, means)
 
-    def loss(self, way: Way) -> Loss:
-        if way not in self.tried:
-            content = self.model_of(way).SerializeToString()
-            found = run_model(content, self.held, exact=self.target == "tensorrt")
-            self.tried[way] = _loss(found, self.expected)
-            log.info("int8 %s: %s", way, self.tried[way])
-        return self.tried[way]
+    def loss(self, config: QuantizationConfig) -> QuantizationLoss:
+        if config not in self.tried:
+            content = self.model_of(config).SerializeToString()
+            logits = run_model(content, self.held, exact=self.target == "tensorrt")
+            self.tried[config] = _loss(logits, self.expected)
+            log.info("int8 %s: %s", config, self.tried[config])
+        return self.tried[config]
 
-    def best(self, ways: Sequence[Way]) -> Way:
-        return max(ways, key=lambda way: self.loss(way).rank)
+    def best(self, configs: Sequence[QuantizationConfig]) -> QuantizationConfig:
+        return max(configs, key=lambda config: self.loss(config).rank)
 
 
 def run_model(content: bytes, images: np.ndarray, exact: bool = False) -> np.ndarray:
-    """Logits of a model's content for uint8 images [N, height, width, 3]."""
+    """Logits of a serialised model for uint8 images [N, height, width, 3]."""
     session = open_session(content, exact_int8=exact)
     return in_batches(lambda batch: session.run({INPUT: batch})[OUTPUT], images)
 
 
-def _loss(found: np.ndarray, expected: np.ndarray) -> Loss:
-    agreement = float(np.mean(found.argmax(1) == expected.argmax(1)))
-    error = float(np.sqrt(np.mean((found - expected) ** 2) / max(float(np.mean(expected**2)), 1e-12)))
-    return Loss(agreement, error if np.isfinite(error) else float("inf"))
+def _loss(logits: np.ndarray, expected: np.ndarray) -> QuantizationLoss:
+    agreement = float(np.mean(logits.argmax(1) == expected.argmax(1)))
+    error = float(np.sqrt(np.mean((logits - expected) ** 2) / max(float(np.mean(expected**2)), 1e-12)))
+    return QuantizationLoss(agreement, error if np.isfinite(error) else float("inf"))
 
 
 def choose_int8(
@@ -161,14 +209,14 @@ def choose_int8(
     images: np.ndarray,
     settings: ExportSettings,
     target: str,
-) -> Int8:
-    """Quantise a student in the best of all ways tried.
+) -> Int8Model:
+    """Quantise a student by the best of all configs tried.
 
     Args:
         model: the student in fp32.
         head: names of the head's tensors; it stays in float.
-        images: photos and synthetic images, uint8 [N, height, width, 3]; every other one is held out.
-        settings: which ways are allowed.
+        images: photos and synthetic images, uint8 [N, height, width, 3]; every second one is held out.
+        settings: weight bits, layers that stay in float, largest drop.
         target: "cpu" or "tensorrt".
 
     Raises:
@@ -187,12 +235,16 @@ def choose_int8(
     bits = (7, 8) if target == "cpu" and settings.weight_bits == "auto" else (_bits(settings, target),)
     first = next(iter(METHODS))
     # Bits and biases together: rounding to 7 bits costs more before its mean is taken out than after.
-    way = search.best([Way(first, one, corrected, named) for one in bits for corrected in (False, True)])
-    way = search.best([replace(way, method=method) for method in METHODS])
-    drift = _drift(search, way, names)
+    config = search.best(
+        [QuantizationConfig(first, one, corrected, named) for one in bits for corrected in (False, True)]
+    )
+    config = search.best([replace(config, method=method) for method in METHODS])
+    drift = _drift(search, config, names)
     if settings.keep_float == "auto":
-        way = _keep_worst_in_float(search, way, [str(row["layer"]) for row in drift], settings.max_drop)
-    return Int8(search.model_of(way), _report(search, way, drift, len(calibrate)))
+        config = _keep_worst_in_float(search, config, [layer.layer for layer in drift], settings.max_drop)
+    tried = tuple(search.tried.items())
+    report = Int8Report(config, len(calibrate), len(held), tried, drift)
+    return Int8Model(search.model_of(config), report)
 
 
 def _bits(settings: ExportSettings, target: str) -> int:
@@ -217,39 +269,26 @@ def _evenly(images: np.ndarray, most: int) -> np.ndarray:
     return np.asarray(images[chosen])
 
 
-def _drift(search: _Search, way: Way, names: Sequence[str]) -> list[dict[str, Any]]:
-    """What each layer costs when it alone is quantised, worst first."""
+def _drift(search: _Search, config: QuantizationConfig, names: Sequence[str]) -> tuple[LayerDrift, ...]:
+    """Cost of each layer when it alone is quantised, worst first."""
     few, expected = search.held[:_DRIFT_ON], search.expected[:_DRIFT_ON]
     operators = {node.name: node.op_type for node in search.model.graph.node}
     rows = []
     for name in names:
-        content = search.model_with_only(name, way).SerializeToString()
+        content = search.model_with_only(name, config).SerializeToString()
         loss = _loss(run_model(content, few, exact=search.target == "tensorrt"), expected)
-        rows.append({"layer": name, "operator": operators[name], "error": loss.error})
-    return sorted(rows, key=lambda row: -float(row["error"]))
+        rows.append(LayerDrift(name, operators[name], loss.error))
+    return tuple(sorted(rows, key=lambda row: -row.error))
 
 
-def _keep_worst_in_float(search: _Search, way: Way, worst: Sequence[str], max_drop: float) -> Way:
-    """As few layers in float as bring the loss within the limits, worst first; otherwise the best tried."""
-    ways = [way]
+def _keep_worst_in_float(
+    search: _Search, config: QuantizationConfig, worst: Sequence[str], max_drop: float
+) -> QuantizationConfig:
+    """Keep as few layers in float, worst first, as bring the loss within the limits; else the best tried."""
+    configs = [config]
     for count in _COUNTS:
-        if search.loss(ways[-1]).within(max_drop):
-            return ways[-1]
+        if search.loss(configs[-1]).within(max_drop):
+            return configs[-1]
         if count <= len(worst) * _FLOAT_AT_MOST:
-            ways.append(replace(way, kept_float=tuple(worst[:count])))
-    return search.best(ways)
-
-
-def _report(search: _Search, way: Way, drift: list[dict[str, Any]], calibrated_on: int) -> dict[str, Any]:
-    tried = [
-        {**asdict(one), "kept_float": len(one.kept_float), **asdict(loss)}
-        for one, loss in search.tried.items()
-    ]
-    return {
-        **asdict(way),
-        "kept_float": list(way.kept_float),
-        "calibrated_on": calibrated_on,
-        "held_out": len(search.held),
-        "tried": tried,
-        "drift": drift,
-    }
+            configs.append(replace(config, kept_float=tuple(worst[:count])))
+    return search.best(configs)

@@ -15,7 +15,7 @@ from synthkit.engines.bundle.format import FP16, FP32, INPUT, INT8, OUTPUT, Mode
 from synthkit.engines.runtime.session import Session, open_session
 from synthkit.errors import ConfigError, ParityError, nearest
 from synthkit.metrics import classification as metrics
-from synthkit.recipes.exporting.int8_search import choose_int8
+from synthkit.recipes.exporting.int8_search import Int8Report, choose_int8
 from synthkit.recipes.settings import ExportSettings
 from synthkit.standalone import in_batches
 
@@ -50,7 +50,7 @@ class Made:
 
     facts: dict[str, ModelFacts]
     golden: dict[str, np.ndarray]
-    int8: dict[str, Any] | None
+    int8: Int8Report | None
 
 
 def chosen_precisions(text: str) -> list[str]:
@@ -119,7 +119,7 @@ def _half(folder: Path, fp32: ModelFacts) -> ModelFacts:
 
 def _int8(
     folder: Path, fp32: ModelFacts, images: np.ndarray, settings: ExportSettings, target: str
-) -> tuple[ModelFacts, dict[str, Any]]:
+) -> tuple[ModelFacts, Int8Report]:
     import onnx
 
     from synthkit.engines.runtime import onnx_graph

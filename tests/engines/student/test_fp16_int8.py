@@ -43,7 +43,7 @@ def error(found: np.ndarray, expected: np.ndarray) -> float:
 def quantised(exported: Exported, target: str, **rest: Any) -> onnx.ModelProto:
     model, head, _, _ = exported
     ranges = fit_ranges(observe(quantize.float_values(model), noise(24, seed=1)), "min-max")
-    return quantize.to_int8(model, ranges, quantize.FORMS[target], head, **rest)
+    return quantize.to_int8(model, ranges, quantize.QDQ_FORMATS[target], head, **rest)
 
 
 def test_half_precision_computes_in_half_but_for_its_islands(exported: Exported) -> None:
@@ -197,11 +197,11 @@ def test_bias_correction_takes_out_the_mean_error() -> None:
     images = noise(16, 8)
     observed = observe(quantize.float_values(model), images)
     ranges = fit_ranges(observed, "min-max")
-    form = quantize.FORMS["cpu"]
-    plain = quantize.to_int8(model, ranges, form, None)
+    qdq_format = quantize.QDQ_FORMATS["cpu"]
+    plain = quantize.to_int8(model, ranges, qdq_format, None)
     means = {name: seen.channel_means for name, seen in observed.items()}
     source = quantize.correct_biases(model, quantize.rounded_weights(plain), means)
-    corrected = quantize.to_int8(source, ranges, form, None)
+    corrected = quantize.to_int8(source, ranges, qdq_format, None)
     expected = run(model, images)
     off = [
         np.abs((run(one, images, exact=True) - expected).mean(axis=(0, 2, 3))).max()
@@ -233,17 +233,17 @@ def depthwise_between() -> tuple[onnx.ModelProto, dict[str, tuple[float, float]]
 def test_a_float_layer_stays_float_in_onnx_runtime() -> None:
     """Unguarded, the runtime quantises it with one scale for all channels, and nobody would know."""
     model, ranges = depthwise_between()
-    images, guarded = noise(4, 8), quantize.FORMS["cpu"]
+    images, guarded = noise(4, 8), quantize.QDQ_FORMATS["cpu"]
     errors = []
-    for form in (guarded, replace(guarded, guarded=False)):
-        made = quantize.to_int8(model, ranges, form, None, ["depthwise"])
+    for qdq_format in (guarded, replace(guarded, guarded=False)):
+        made = quantize.to_int8(model, ranges, qdq_format, None, ["depthwise"])
         errors.append(error(run(made, images), run(made, images, exact=True)))
     assert errors[0] < 0.01 < 0.1 < errors[1]
 
 
 def test_nothing_is_rounded_between_a_float_layer_and_its_clip() -> None:
     model, ranges = depthwise_between()
-    made = quantize.to_int8(model, ranges, quantize.FORMS["cpu"], None, ["depthwise"])
+    made = quantize.to_int8(model, ranges, quantize.QDQ_FORMATS["cpu"], None, ["depthwise"])
     clip = next(node for node in made.graph.node if node.name == "clip2")
     assert clip.input[0] == "x2"
     assert [node.op_type for node in onnx_graph.consumers(made, "y2")] == ["QuantizeLinear"]
@@ -251,14 +251,14 @@ def test_nothing_is_rounded_between_a_float_layer_and_its_clip() -> None:
 
 def test_one_layer_can_leave_float_alone() -> None:
     model, ranges = depthwise_between()
-    made = quantize.to_int8(model, ranges, quantize.FORMS["cpu"], None, only=["depthwise"])
+    made = quantize.to_int8(model, ranges, quantize.QDQ_FORMATS["cpu"], None, only=["depthwise"])
     assert list(quantize.rounded_weights(made)) == ["depthwise"]
     assert {"x2", "y1"} >= {
         node.input[0].removesuffix("_output")
         for node in made.graph.node
         if node.op_type == "QuantizeLinear" and node.input[0].startswith("x")
     }
-    everything = quantize.to_int8(model, ranges, quantize.FORMS["cpu"], None)
+    everything = quantize.to_int8(model, ranges, quantize.QDQ_FORMATS["cpu"], None)
     images = noise(4, 8)
     assert (
         0 < error(run(made, images), run(model, images)) < error(run(everything, images), run(model, images))

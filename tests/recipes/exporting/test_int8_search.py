@@ -1,4 +1,4 @@
-"""The search for the int8 form: what it tries, what it keeps in float, and that it does nothing twice."""
+"""The search for the int8 config: what it tries, what it keeps in float, and that it does nothing twice."""
 
 from collections import Counter
 from typing import Any
@@ -13,7 +13,8 @@ from synthkit.engines.student import int8 as quantize
 from synthkit.engines.student.onnx_export import export_student
 from synthkit.errors import ConfigError
 from synthkit.recipes.exporting import int8_search as int8
-from synthkit.recipes.exporting.int8_search import Loss, Way, choose_int8
+from synthkit.recipes.exporting.int8_search import QuantizationConfig, choose_int8
+from synthkit.recipes.exporting.int8_search import QuantizationLoss as Loss
 from synthkit.recipes.settings import ExportSettings
 from tests.tiny_students import PREPROCESSING, noise, tiny_student
 
@@ -46,12 +47,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return counted
 
 
-def chosen(exported: Exported, target: str = "cpu", **settings: Any) -> int8.Int8:
+def chosen(exported: Exported, target: str = "cpu", **settings: Any) -> int8.Int8Model:
     return choose_int8(*exported, noise(12), ExportSettings(**settings), target)
 
 
-def test_every_way_is_tried_once(exported: Exported, calls: Counter[str]) -> None:
-    report = chosen(exported, keep_float="none").report
+def test_every_config_is_tried_once(exported: Exported, calls: Counter[str]) -> None:
+    report = chosen(exported, keep_float="none").report.to_json()
     tried = [(one["method"], one["weight_bits"], one["bias_correction"]) for one in report["tried"]]
     assert {pair[1:] for pair in tried} == {(7, False), (7, True), (8, False), (8, True)}
     assert {pair[0] for pair in tried} == set(METHODS) and len(tried) == len(set(tried)) == 3 + len(METHODS)
@@ -88,22 +89,22 @@ def test_the_loss_is_measured_on_images_that_gave_no_range_and_as_the_target_com
 
 def test_a_layer_in_float_keeps_its_bias(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
     best = Loss(1.0, 0.0), Loss(1.0, 0.4)
-    monkeypatch.setattr(int8._Search, "loss", lambda self, way: best[not way.bias_correction])
+    monkeypatch.setattr(int8._Search, "loss", lambda self, config: best[not config.bias_correction])
     name, *others = quantize.layers(*exported)
     found = chosen(exported, keep_float=name)
-    assert found.report["bias_correction"]
+    assert found.report.to_json()["bias_correction"]
     node = next(node for node in exported[0].graph.node if node.name == name)
     before, after = (onnx_graph.constant_values(one)[node.input[2]] for one in (exported[0], found.model))
     assert np.array_equal(before, after) and others
 
 
 def test_tensorrts_weights_keep_their_eight_bits(exported: Exported) -> None:
-    report = chosen(exported, "tensorrt", weight_bits="7").report
+    report = chosen(exported, "tensorrt", weight_bits="7").report.to_json()
     assert {one["weight_bits"] for one in report["tried"]} == {8}
 
 
 def test_the_drift_table_names_every_layer_worst_first(exported: Exported) -> None:
-    drift = chosen(exported).report["drift"]
+    drift = chosen(exported).report.to_json()["drift"]
     assert {row["layer"] for row in drift} == set(quantize.layers(*exported))
     errors = [row["error"] for row in drift]
     assert errors == sorted(errors, reverse=True) and min(errors) > 0
@@ -115,26 +116,26 @@ def test_the_worst_layers_stay_in_float_until_the_loss_is_small(
 ) -> None:
     losses = {0: 0.4, 1: 0.3, 2: 0.2, 4: 0.01}
     monkeypatch.setattr(int8, "_loss", lambda found, expected: Loss(1.0, 0.4))
-    monkeypatch.setattr(int8._Search, "loss", lambda self, way: Loss(1.0, losses[len(way.kept_float)]))
-    report = chosen(exported).report
+    monkeypatch.setattr(int8._Search, "loss", lambda self, config: Loss(1.0, losses[len(config.kept_float)]))
+    report = chosen(exported).report.to_json()
     assert report["kept_float"] == [row["layer"] for row in report["drift"][:4]]
     losses[0] = 0.01
-    assert chosen(exported).report["kept_float"] == []
+    assert chosen(exported).report.to_json()["kept_float"] == []
 
 
-def test_of_hopeless_ways_the_best_one_is_taken(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_hopeless_configs_the_best_is_taken(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = {0: 0.4, 1: 0.3, 2: 0.5, 4: 0.6}
     monkeypatch.setattr(int8, "_loss", lambda found, expected: Loss(1.0, 0.4))
     monkeypatch.setattr(
-        int8._Search, "loss", lambda self, way: Loss(1.0, losses.get(len(way.kept_float), 0.7))
+        int8._Search, "loss", lambda self, config: Loss(1.0, losses.get(len(config.kept_float), 0.7))
     )
-    assert len(chosen(exported).report["kept_float"]) == 1
+    assert len(chosen(exported).report.to_json()["kept_float"]) == 1
 
 
 def test_named_layers_stay_in_float_and_wrong_names_are_refused(exported: Exported) -> None:
     name = quantize.layers(*exported)[0]
     found = chosen(exported, keep_float=name)
-    assert found.report["kept_float"] == [name]
+    assert found.report.to_json()["kept_float"] == [name]
     assert name not in quantize.rounded_weights(found.model)
     with pytest.raises(ConfigError, match="no layer 'cnov'"):
         chosen(exported, keep_float="cnov")
@@ -157,4 +158,4 @@ def test_the_loss_is_relative_and_never_undefined() -> None:
     assert int8._loss(expected, expected) == Loss(1.0, 0.0)
     assert int8._loss(expected * np.nan, expected).error == float("inf")
     assert Loss(1.0, 0.3).rank > Loss(0.9, 0.0).rank and Loss(1.0, 0.1).rank > Loss(1.0, 0.2).rank
-    assert Way("min-max", 8) == Way("min-max", 8, False, ())
+    assert QuantizationConfig("min-max", 8) == QuantizationConfig("min-max", 8, False, ())
