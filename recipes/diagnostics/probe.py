@@ -1,11 +1,11 @@
-"""`probe`: where in the student the synthetic-to-real gap sits (Hennicke et al. 2024, arXiv 2405.03243).
+"""`probe`: the layers in which the synthetic-to-real gap sits (Hennicke et al. 2024, arXiv 2405.03243).
 
-    units 1..k learn one domain, stay as they are, the rest learns the other; and the swap ──► curve over k
+    layer groups 1..k learn one domain and freeze, the rest learns the other; and the swap ──► curve over k
     all learn synthetic, the last 1, 2, 4 learn 1/16 .. 1 of the real photos ────────────────► data efficiency
-    other causes in turn: BatchNorm statistics, augmentation, texture and shape, prompts ────► switches
+    one other cause at a time: BatchNorm statistics, augmentation, texture, prompts ─────────► ablations
 
 Every student takes the same number of gradient steps from the same initial weights, and is measured on real
-photos that none of them learned. Each cell is a stage's folder: what was measured is not measured again.
+photos that none of them has learned. Every student is a stage, so that nothing is measured twice.
 """
 
 from __future__ import annotations
@@ -43,80 +43,184 @@ if TYPE_CHECKING:
 
 SYNTHETIC, REAL = "synthetic", "real"
 FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
-SWITCHES = ("statistics", "augmentation", "inputs")
+ABLATIONS = ("statistics", "augmentation", "inputs")
 _AUGMENTATIONS = ("none", "default", "rand-m9-mstd0.5")
-_MOST_OF_IT = 0.5  # share of the gap from which the last units are called the place to adapt
-_HELD_OUT_PARTS = 4  # one of them measures where there are no test images
+_ENOUGH = 0.5  # share of the gap from which the last layer groups are called the place to adapt
+_HELD_OUT_PARTS = 4  # one of them is the test set where no test images are given
 
 
-def _photos(pixels: np.ndarray) -> np.ndarray:
+def _unchanged(pixels: np.ndarray) -> np.ndarray:
     return pixels
 
 
 def _grey(pixels: np.ndarray) -> np.ndarray:
     """Brightness without colour."""
-    weights = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
+    # ITU-R BT.601
+    weights = np.array([0.299, 0.587, 0.114])
     return np.repeat((pixels @ weights).round().astype(np.uint8)[..., None], 3, axis=-1)
 
 
 def _edges(pixels: np.ndarray) -> np.ndarray:
-    """Shape without surface: how steep the brightness is, scaled to the image's steepest."""
+    """Shape without surface: the gradient of the brightness, scaled to the image's largest."""
     down, right = np.gradient(_grey(pixels)[..., 0].astype(np.float32), axis=(1, 2))
-    steep = np.hypot(down, right)
-    scaled = 255 * steep / np.maximum(steep.max(axis=(1, 2), keepdims=True), 1e-6)
+    slope = np.hypot(down, right)
+    scaled = 255 * slope / np.maximum(slope.max(axis=(1, 2), keepdims=True), 1e-6)
     return np.repeat(scaled.astype(np.uint8)[..., None], 3, axis=-1)
 
 
 def _patches(pixels: np.ndarray, parts: int = 4) -> np.ndarray:
-    """Texture without shape: the tiles of a grid, shuffled, each image in its own way."""
+    """Texture without shape: the tiles of a grid, shuffled, in another order for each image."""
     count, height, width, _ = pixels.shape
     high, wide = height // parts, width // parts
     tiles = pixels[:, : high * parts, : wide * parts].reshape(count, parts, high, parts, wide, 3)
     tiles = tiles.transpose(0, 1, 3, 2, 4, 5).reshape(count, parts * parts, high, wide, 3)
-    shuffled = np.stack([one[np.random.default_rng(i).permutation(len(one))] for i, one in enumerate(tiles)])
+    orders = [np.random.default_rng(index).permutation(parts * parts) for index in range(count)]
+    shuffled = np.stack([image[order] for image, order in zip(tiles, orders, strict=True)])
     shuffled = shuffled.reshape(count, parts, parts, high, wide, 3).transpose(0, 1, 3, 2, 4, 5)
-    found: np.ndarray = np.array(pixels)
-    found[:, : high * parts, : wide * parts] = shuffled.reshape(count, high * parts, wide * parts, 3)
-    return found
+    patched: np.ndarray = np.array(pixels)
+    patched[:, : high * parts, : wide * parts] = shuffled.reshape(count, high * parts, wide * parts, 3)
+    return patched
 
 
-#: What a student is shown of an image: all of it, or what is left without colour, surface or shape.
-INPUTS = {"photos": _photos, "grey": _grey, "edges": _edges, "patches": _patches}
+#: Input of the students: the whole image, or the image without colour, surface or shape. Each function takes
+#: and returns uint8 pixels [N, height, width, 3].
+INPUTS = {"photos": _unchanged, "grey": _grey, "edges": _edges, "patches": _patches}
 
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """What `probe` looks at.
+    """Settings of `probe`.
 
     Attributes:
-        points: values of k on the curve, at the most, beside those of the last 1, 2 and 4 units.
-        switches: which of `SWITCHES`.
-        efficiency: whether to draw the curve over the fraction of real photos.
+        points: most values of k on the curve, beside those of the last 1, 2 and 4 layer groups.
+        ablations: which of `ABLATIONS`.
     """
 
     points: int = 6
-    switches: tuple[str, ...] = SWITCHES
-    efficiency: bool = True
+    ablations: tuple[str, ...] = ABLATIONS
 
     def __post_init__(self) -> None:
-        for name in self.switches:
-            if name not in SWITCHES:
+        for name in self.ablations:
+            if name not in ABLATIONS:
                 raise ConfigError(
-                    f"no switch {name!r}{nearest(name, SWITCHES)}; there are {', '.join(SWITCHES)}"
+                    f"no ablation {name!r}{nearest(name, ABLATIONS)}; there are {', '.join(ABLATIONS)}"
                 )
 
 
 @dataclass(frozen=True)
+class CurvePoint:
+    """A student whose first layer groups learned one domain and whose others learned the other.
+
+    Attributes:
+        first: the domain of the first layer groups, "synthetic" or "real".
+        k: number of layer groups that learned it.
+        top1: on the test photos.
+    """
+
+    first: str
+    k: int
+    top1: float
+
+
+@dataclass(frozen=True)
+class EfficiencyPoint:
+    """A student that learned a share of the real photos.
+
+    Attributes:
+        fraction: share of the photos.
+        photos: their number.
+        strategy: layers that learned them: "last-1", "last-2" or "last-4" of the synthetic student, or
+            "real only", all layers from the initial weights.
+        top1: on the test photos.
+    """
+
+    fraction: float
+    photos: int
+    strategy: str
+    top1: float
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """The students of both domains with one other cause changed.
+
+    Attributes:
+        change: the cause.
+        synthetic: top-1 of the synthetic student.
+        real: top-1 of the real student; None where the change does not concern it.
+    """
+
+    change: str
+    synthetic: float
+    real: float | None = None
+
+
+@dataclass(frozen=True)
+class Gap:
+    """The gap between the domains.
+
+    Attributes:
+        synthetic: top-1 of the student of synthetic images alone.
+        real: top-1 of the student of real photos alone.
+        points: the difference in percentage points.
+    """
+
+    synthetic: float
+    real: float
+    points: float
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """Everything that `probe` measured.
+
+    Attributes:
+        layer_groups: name of the first layer of each group, from input to head.
+        curve: top-1 over k, for both orders of the domains.
+        gap: its ends.
+        recovered: number of last layer groups -> share of the gap that real photos recover in them; None
+            where synthetic images are not behind.
+        efficiency: top-1 over the number of real photos.
+        ablations: other causes.
+        n_test: test photos.
+        n_classes: number of classes.
+        settings: of `probe`, `train`, and the number of gradient steps.
+        versions: package -> version.
+    """
+
+    layer_groups: list[str]
+    curve: list[CurvePoint]
+    gap: Gap
+    recovered: dict[str, float | None]
+    efficiency: list[EfficiencyPoint]
+    ablations: list[Ablation]
+    n_test: int
+    n_classes: int
+    settings: dict[str, Any]
+    versions: dict[str, str]
+
+    @property
+    def advice(self) -> str:
+        """One sentence: what to do about the gap."""
+        return advice(self.gap, self.recovered, self.n_test, self.n_classes)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for a JSON file."""
+        return {**asdict(self), "advice": self.advice}
+
+
+@dataclass(frozen=True)
 class Probe:
-    """Two sets of images, and the photos that measure.
+    """The two domains, and the photos to test on.
 
     Attributes:
         synthetic: class folders of generated images.
         real: photos to learn.
-        test: photos to measure with.
+        test: photos to test on.
         training: of `train`; its student, weights, learning rate, batch size and number of epochs.
-        root: folder of the cells.
-        like: the synthetic set that steps and input size follow from; None: `synthetic`.
+        root: holds a folder per student.
+        reference_set: the synthetic set that steps and input size follow from; None: `synthetic`.
+        students: domain -> its student, once it is trained.
     """
 
     synthetic: ImageSet
@@ -124,17 +228,17 @@ class Probe:
     test: ImageSet
     training: TrainSettings
     root: Path
-    like: ImageSet | None = None
+    reference_set: ImageSet | None = None
     students: dict[str, Student] = field(default_factory=dict)
 
     @cached_property
     def initial(self) -> Student:
         """The student that every training begins with."""
-        return untrained_student(self.training, TrainingData(self.like or self.synthetic, self.real))
+        return untrained_student(self.training, TrainingData(self.reference_set or self.synthetic, self.real))
 
     @cached_property
     def labels(self) -> np.ndarray:
-        """Class index of every photo that measures."""
+        """Class index of every test photo."""
         return self.test.labels
 
     def images(self, domain: str) -> ImageSet:
@@ -142,18 +246,24 @@ class Probe:
         return self.synthetic if domain == SYNTHETIC else self.real
 
     def fit_settings(self) -> FitSettings:
-        """The same for every training: as many steps as `train` takes on the synthetic images.
+        """Settings of every training: as many steps as `train` takes on the synthetic images.
 
-        One learning rate for all layers: a student that was cut has no groups of them.
+        All layers have one learning rate, because a student that was split has no layer groups.
         """
-        steps = synthetic_steps(self.training, TrainingData(self.like or self.synthetic, None))
+        steps = synthetic_steps(self.training, TrainingData(self.reference_set or self.synthetic, None))
         return real_fit_settings(replace(self.training, real_steps=steps, layer_decay=1.0))
 
-    def cell(self, name: str, measure: Callable[[Path], float], **about: Any) -> float:
-        """A cell's top-1, measured now or before; `about` is what else its result depends on."""
+    def measured(self, name: str, measure: Callable[[Path], float], **about: Any) -> float:
+        """The top-1 that `measure` returns, now or in an earlier run.
+
+        Args:
+            name: of the folder.
+            measure: trains and tests a student; takes the folder to write into.
+            about: whatever else decides the result.
+        """
         inputs = {"synthetic": self.synthetic.digest, "real": self.real.digest, "test": self.test.digest}
-        if self.like:
-            inputs["like"] = self.like.digest
+        if self.reference_set:
+            inputs["reference_set"] = self.reference_set.digest
         if self.training.weights:
             inputs["weights"] = weights_fingerprint(Path(self.training.weights))
         key = Key(inputs, {"train": self.training}, about)
@@ -161,12 +271,12 @@ class Probe:
         return float(run_stage(stage).manifest.metrics["top1"])
 
     def score(self, student: Student, inputs: str = "photos") -> float:
-        """Top-1 on the photos that measure."""
+        """Top-1 on the test photos."""
         pixels = INPUTS[inputs](self.test.load(student.preprocessing))
         return top1(np.asarray(student.logits(pixels).argmax(1).numpy()), self.labels)
 
-    def trained(self, domain: str, inputs: str = "photos", augment: str | None = None) -> float:
-        """All layers on one domain; the top-1 of what comes out, which `student` then finds."""
+    def train(self, domain: str, inputs: str = "photos", augment: str | None = None) -> float:
+        """Train all layers on one domain; returns the top-1 of the student, which `student` then loads."""
         augment = augment or self.training.augment
         name = f"{domain}-{inputs}-{augment}"
 
@@ -180,14 +290,14 @@ class Probe:
             student.save(work)
             return self.score(student, inputs)
 
-        return self.cell(name, measure, domain=domain, inputs=inputs, augment=augment)
+        return self.measured(name, measure, domain=domain, inputs=inputs, augment=augment)
 
     def student(self, domain: str) -> Student:
         """The student that learned a domain with all layers."""
         from synthkit.learning.students import load_student
 
         if domain not in self.students:
-            self.trained(domain)
+            self.train(domain)
             self.students[domain] = load_student(self.root / f"{domain}-photos-{self.training.augment}")
         return self.students[domain].clone()
 
@@ -199,8 +309,8 @@ def _examples(images: ImageSet, student: Student, inputs: str = "photos") -> Exa
     return Examples(images, student.preprocessing, pixels)
 
 
-class Through:
-    """Examples as the layers behind the frozen ones see them, with a fresh view in every step."""
+class FrozenThenTrainable:
+    """Batches for the layers behind the frozen ones: features of a fresh augmented view in every step."""
 
     def __init__(self, examples: Examples, whole: Student, frozen: Layers) -> None:
         self._examples, self._whole, self._frozen = examples, whole, frozen
@@ -211,7 +321,7 @@ class Through:
     def batch(
         self, student: Student, picked: np.ndarray, step: int, settings: FitSettings
     ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-        """What crosses into the trained layers, and soft targets [B, classes]."""
+        """Inputs of the trainable layers, and soft targets [B, classes]."""
         import torch
 
         (images,), targets = self._examples.batch(self._whole, picked, step, settings)
@@ -220,65 +330,65 @@ class Through:
 
 
 def mixed_student(probe: Probe, first: str, count: int) -> Student:
-    """Units 1..count as they learned one domain, the others on the other domain from their initial weights.
+    """Layer groups 1..count from the student of one domain; the others learn the other domain from the start.
 
     Args:
         probe: the sets.
-        first: the domain of the first units.
-        count: how many, at least one and not all.
+        first: the domain of the first layer groups.
+        count: number of them, at least one and not all.
 
     Raises:
-        ModelError: the student's layers cannot be cut apart.
+        ModelError: the student cannot be split into layer groups.
     """
     from synthkit.learning.feature_cache import split
     from synthkit.learning.fit import fit
 
     student, learned = probe.initial.clone(), probe.student(first)
-    copy_units(learned, student, count)
+    copy_layer_groups(learned, student, count)
     student.train_only_last(len(student.units()) - count)
     try:
         cut = split(student)
     except NotImplementedError as error:
-        raise ModelError(f"`probe` cannot look into this student: {error}; use another --student") from None
+        raise ModelError(f"`probe` cannot split this student: {error}; use another --student") from None
     other = _examples(probe.images(REAL if first == SYNTHETIC else SYNTHETIC), student)
-    lesson: Batches = Through(other, student, cut.frozen)
-    fit(cut.trained, lesson, probe.fit_settings(), label=f"{count} units of {first}")
+    batches: Batches = FrozenThenTrainable(other, student, cut.frozen)
+    fit(cut.trained, batches, probe.fit_settings(), label=f"{count} layer groups of {first}")
     student.model.eval()
     return student
 
 
-def copy_units(source: Student, target: Student, count: int) -> None:
-    """Give the first units of one student the weights and statistics of another's, in place."""
-    names = {name for unit in source.units()[:count] for name in unit}
+def copy_layer_groups(source: Student, target: Student, count: int) -> None:
+    """Copy weights and statistics of the first layer groups of one student into another, in place."""
+    names = {name for group in source.units()[:count] for name in group}
     owners = {name.rpartition(".")[0] for name in names}
     state, own = source.model.state_dict(), target.model.state_dict()
     taken = {key: value for key, value in state.items() if key in names or key.rpartition(".")[0] in owners}
     target.model.load_state_dict({**own, **taken})
 
 
-def points(units: int, most: int) -> list[int]:
-    """The values of k that are measured: some evenly, and those that leave the last 1, 2 and 4 units.
+def curve_points(groups: int, count: int) -> list[int]:
+    """The values of k to measure: some evenly spaced, and those that leave the last 1, 2 and 4 layer groups.
 
     Args:
-        units: of the student.
-        most: evenly spaced values at the most.
+        groups: layer groups of the student.
+        count: most evenly spaced values.
     """
-    even = np.linspace(1, units - 1, max(2, most)).round().astype(int).tolist()
-    return sorted({k for k in (*even, units - 1, units - 2, units - 4) if 0 < k < units})
+    even = np.linspace(1, groups - 1, max(2, count)).round().astype(int).tolist()
+    return sorted({k for k in (*even, groups - 1, groups - 2, groups - 4) if 0 < k < groups})
 
 
-def curve(probe: Probe, most: int) -> Iterator[dict[str, Any]]:
-    """Top-1 for every k and both orders; k = 0 and k = all units are the students of one domain alone."""
-    units = len(probe.initial.units())
+def curve(probe: Probe, count: int) -> Iterator[CurvePoint]:
+    """Top-1 for every k and both orders; k = 0 and k = all are the students of one domain alone."""
+    groups = len(probe.initial.units())
     for first, second in ((SYNTHETIC, REAL), (REAL, SYNTHETIC)):
-        yield {"first": first, "k": 0, "top1": probe.trained(second)}
-        for k in points(units, most):
+        yield CurvePoint(first, 0, probe.train(second))
+        for k in curve_points(groups, count):
 
             def measure(_work: Path, first: str = first, k: int = k) -> float:
                 return probe.score(mixed_student(probe, first, k))
 
-            yield {"first": first, "k": k, "top1": probe.cell(f"{first}-to-{k}", measure, first=first, k=k)}
-        yield {"first": first, "k": units, "top1": probe.trained(first)}
+            yield CurvePoint(first, k, probe.measured(f"{first}-to-{k}", measure, first=first, k=k))
+        yield CurvePoint(first, groups, probe.train(first))
 
 
 def share(images: ImageSet, fraction: float, seed: int) -> ImageSet:
@@ -287,20 +397,20 @@ def share(images: ImageSet, fraction: float, seed: int) -> ImageSet:
     return images.subset(draw(images, numbers, seed))
 
 
-def efficiency(probe: Probe, settings: AdaptSettings) -> Iterator[dict[str, Any]]:
-    """Top-1 after the last 1, 2, 4 units of the synthetic student learned a share of the real photos.
+def efficiency(probe: Probe, settings: AdaptSettings) -> Iterator[EfficiencyPoint]:
+    """Top-1 after the last 1, 2, 4 layer groups of the synthetic student learned a share of the real photos.
 
     Beside them all layers from the initial weights on the same share, in as many steps as all others.
     """
     for fraction in FRACTIONS:
         photos = share(probe.real, fraction, probe.training.seed)
-        about = {"fraction": fraction, "photos": len(photos)}
         for path in LAST:
-            yield {**about, "way": path.name, "top1": _last_units(probe, settings, path, photos)}
-        yield {**about, "way": "real only", "top1": _real_only(probe, photos)}
+            top = _last_layer_groups(probe, settings, path, photos)
+            yield EfficiencyPoint(fraction, len(photos), path.name, top)
+        yield EfficiencyPoint(fraction, len(photos), "real only", _real_only(probe, photos))
 
 
-def _last_units(probe: Probe, settings: AdaptSettings, path: AdaptPath, photos: ImageSet) -> float:
+def _last_layer_groups(probe: Probe, settings: AdaptSettings, path: AdaptPath, photos: ImageSet) -> float:
     asked = replace(settings, path=path.name, layers="auto")
 
     def measure(_work: Path) -> float:
@@ -311,7 +421,7 @@ def _last_units(probe: Probe, settings: AdaptSettings, path: AdaptPath, photos: 
         return probe.score(begun.whole)
 
     name = f"{path.name}-{len(photos)}-photos"
-    return probe.cell(name, measure, photos=photos.digest, adapt=asdict(asked))
+    return probe.measured(name, measure, photos=photos.digest, adapt=asdict(asked))
 
 
 def _real_only(probe: Probe, photos: ImageSet) -> float:
@@ -323,26 +433,26 @@ def _real_only(probe: Probe, photos: ImageSet) -> float:
         fit(student, _examples(photos, student), probe.fit_settings(), label=f"{len(photos)} photos")
         return probe.score(student)
 
-    return probe.cell(f"real-{len(photos)}-photos", measure, photos=photos.digest)
+    return probe.measured(f"real-{len(photos)}-photos", measure, photos=photos.digest)
 
 
-def switches(probe: Probe, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+def ablations(probe: Probe, names: Sequence[str]) -> Iterator[Ablation]:
     """Top-1 of the synthetic student, and of the real one, with one other cause changed."""
     if "statistics" in names:
-        yield {"switch": "BatchNorm statistics of real photos", SYNTHETIC: _with_real_statistics(probe)}
+        yield Ablation("BatchNorm statistics of real photos", _with_real_statistics(probe))
     if "augmentation" in names:
         for augment in _AUGMENTATIONS:
-            both = {domain: probe.trained(domain, augment=augment) for domain in (SYNTHETIC, REAL)}
-            yield {"switch": f"augmentation {augment}", **both}
+            both = {domain: probe.train(domain, augment=augment) for domain in (SYNTHETIC, REAL)}
+            yield Ablation(f"augmentation {augment}", **both)
     if "inputs" in names:
         for inputs in INPUTS:
             if inputs != "photos":
-                both = {domain: probe.trained(domain, inputs) for domain in (SYNTHETIC, REAL)}
-                yield {"switch": f"inputs {inputs}", **both}
+                both = {domain: probe.train(domain, inputs) for domain in (SYNTHETIC, REAL)}
+                yield Ablation(f"inputs {inputs}", **both)
 
 
 def _with_real_statistics(probe: Probe) -> float:
-    """The synthetic student after its BatchNorm layers saw the real photos, without their labels."""
+    """Top-1 of the synthetic student with the BatchNorm statistics of the real photos."""
 
     def measure(_work: Path) -> float:
         import torch
@@ -351,9 +461,10 @@ def _with_real_statistics(probe: Probe) -> float:
 
         student = probe.student(SYNTHETIC)
         kind = torch.nn.modules.batchnorm._BatchNorm
-        for norm in (one for one in student.model.modules() if isinstance(one, kind)):
+        for norm in (module for module in student.model.modules() if isinstance(module, kind)):
             norm.reset_running_stats()
-            norm.momentum = None  # the mean over all batches
+            # The mean over all batches.
+            norm.momentum = None
             norm.train()
         pixels = probe.real.load(student.preprocessing)
         with torch.no_grad():
@@ -361,20 +472,24 @@ def _with_real_statistics(probe: Probe) -> float:
                 student.model(student.normalise(to_unit_range(pixels[batch])))
         return probe.score(student)
 
-    return probe.cell("real-statistics", measure, switch="statistics")
+    return probe.measured("real-statistics", measure, ablation="statistics")
 
 
-def prompts(probe: Probe, others: Mapping[str, ImageSet]) -> Iterator[dict[str, Any]]:
-    """Top-1 of students of other synthetic sets, such as one drawn from captions of the real photos."""
+def other_prompts(probe: Probe, others: Mapping[str, ImageSet]) -> Iterator[Ablation]:
+    """Top-1 of students of other synthetic sets, such as one from captions of the real photos."""
     for name, images in others.items():
-        folder, drawn = probe.root / f"prompts-{name}", images.with_classes(probe.real.classes)
-        other = replace(probe, synthetic=drawn, students={}, root=folder, like=probe.synthetic)
-        top = other.trained(SYNTHETIC)
-        yield {"switch": f"prompts {name}", SYNTHETIC: top}
+        other = replace(
+            probe,
+            synthetic=images.with_classes(probe.real.classes),
+            students={},
+            root=probe.root / f"prompts-{name}",
+            reference_set=probe.synthetic,
+        )
+        yield Ablation(f"prompts {name}", other.train(SYNTHETIC))
 
 
 def held_out(real: ImageSet, test: ImageSet | None, seed: int) -> tuple[ImageSet, ImageSet]:
-    """Photos to learn and photos to measure with: the test images, or a quarter of each class.
+    """Photos to learn and photos to test on: the test images, or a quarter of each class.
 
     Raises:
         DataError: there are no test images and a class has one photo, or the two share an image.
@@ -393,165 +508,165 @@ def held_out(real: ImageSet, test: ImageSet | None, seed: int) -> tuple[ImageSet
 
 def run_probe(
     probe: Probe, settings: ProbeSettings, adapt: AdaptSettings, others: Mapping[str, ImageSet]
-) -> dict[str, Any]:
+) -> ProbeResult:
     """Measure everything.
 
     Args:
-        probe: the sets.
-        settings: what to look at.
-        adapt: how last units learn the real photos.
-        others: name -> other synthetic set, see `prompts`.
-
-    Returns:
-        `units`, `curve`, `gap` (`synthetic`, `real`, `points`), `recovered` (last units -> share of the gap),
-        `efficiency`, `switches`, `n_test`, `classes` (their number), `advice`, `settings`, `versions`.
+        probe: the domains.
+        settings: what to measure.
+        adapt: how the last layer groups learn the real photos.
+        others: name -> other synthetic set, see `other_prompts`.
 
     Raises:
         DataError: the sets are of different classes.
     """
-    _ = TrainingData(probe.synthetic, probe.real).classes  # refuses different classes
-    on_curve = list(curve(probe, settings.points))
-    found = {
-        "units": [unit[0].rpartition(".")[0] for unit in probe.initial.units()],
-        "curve": on_curve,
-        **recovered(on_curve),
-        "efficiency": list(efficiency(probe, adapt)) if settings.efficiency else [],
-        "switches": [*switches(probe, settings.switches), *prompts(probe, others)],
-        "n_test": len(probe.test),
-        "classes": len(probe.test.classes),
-    }
-    asked = {**asdict(settings), "train": asdict(probe.training), "steps": probe.fit_settings().steps}
-    return {**found, "advice": advice(found), "settings": asked, "versions": versions()}
-
-
-def recovered(on_curve: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The gap, and the share of it that real photos for the last 1, 2, 4 units recover.
-
-    Args:
-        on_curve: rows with `first`, `k` and `top1`, k from 0 to all units.
-
-    Returns:
-        `gap` (top-1 of `synthetic` and `real` alone, and the difference in `points`) and `recovered` (number
-        of last units -> share; None where synthetic images do not fall behind).
-    """
-    top = {row["k"]: row["top1"] for row in on_curve if row["first"] == "synthetic"}
-    units = max(top)
-    synthetic, real = top[units], top[0]
-    shares = {
-        str(count): round((top[units - count] - synthetic) / (real - synthetic), 4)
-        if real > synthetic
-        else None
-        for count in (1, 2, 4)
-        if units - count in top
-    }
-    gap = {"synthetic": synthetic, "real": real, "points": round(100 * (real - synthetic), 2)}
-    return {"gap": gap, "recovered": shares}
-
-
-def _synthetic_interval(found: Mapping[str, Any]) -> tuple[float, float]:
-    total = found["n_test"]
-    return wilson_interval(round(found["gap"]["synthetic"] * total), total)
-
-
-def _tells_a_gap(found: Mapping[str, Any]) -> bool:
-    return bool(found["gap"]["real"] > _synthetic_interval(found)[1])
-
-
-def advice(found: Mapping[str, Any]) -> str:
-    """One sentence: what to do about the gap that was found.
-
-    Args:
-        found: `gap`, `recovered`, `n_test` and `classes`, their number.
-    """
-    if not _tells_a_gap(found):
-        return _no_gap(found)
-    gap = found["gap"]
-    shares = found["recovered"]
-    enough = [count for count, share in shares.items() if share >= _MOST_OF_IT]
-    if enough:
-        return (
-            f"Real photos for the last {enough[0]} unit(s) recover {shares[enough[0]]:.0%} of the gap of "
-            f"{gap['points']:.1f} points: adapt with --layers {enough[0]}."
-        )
-    best = max(shares, key=lambda count: shares[count])
-    return (
-        f"Even the last {best} units recover only {shares[best]:.0%} of the gap of {gap['points']:.1f} "
-        "points, so it begins before them: train all layers on the photos (--path full), or draw better "
-        "images."
+    # Refuses different classes.
+    _ = TrainingData(probe.synthetic, probe.real).classes
+    points = list(curve(probe, settings.points))
+    gap, shares = recovered(points)
+    return ProbeResult(
+        layer_groups=[group[0].rpartition(".")[0] for group in probe.initial.units()],
+        curve=points,
+        gap=gap,
+        recovered=shares,
+        efficiency=list(efficiency(probe, adapt)),
+        ablations=[*ablations(probe, settings.ablations), *other_prompts(probe, others)],
+        n_test=len(probe.test),
+        n_classes=len(probe.test.classes),
+        settings={
+            **asdict(settings),
+            "train": asdict(probe.training),
+            "steps": probe.fit_settings().steps,
+        },
+        versions=versions(),
     )
 
 
-def _no_gap(found: Mapping[str, Any]) -> str:
-    synthetic, real = (found["gap"][side] for side in ("synthetic", "real"))
-    about = f"{synthetic:.1%} with synthetic images, {real:.1%} with real photos"
-    if max(synthetic, real) < (1 + 1 / found["classes"]) / 2:  # halfway from chance to no error
-        return f"No gap to see yet: {about}, so neither student has learned much; give more --epochs."
-    low, high = _synthetic_interval(found)
+def recovered(points: Sequence[CurvePoint]) -> tuple[Gap, dict[str, float | None]]:
+    """The gap, and the share of it that real photos recover in the last 1, 2, 4 layer groups.
+
+    Args:
+        points: with k from 0 to all layer groups.
+    """
+    top = {point.k: point.top1 for point in points if point.first == SYNTHETIC}
+    groups = max(top)
+    synthetic, real = top[groups], top[0]
+    shares = {
+        str(count): round((top[groups - count] - synthetic) / (real - synthetic), 4)
+        if real > synthetic
+        else None
+        for count in (1, 2, 4)
+        if groups - count in top
+    }
+    return Gap(synthetic, real, round(100 * (real - synthetic), 2)), shares
+
+
+def _significant(gap: Gap, n_test: int) -> bool:
+    """True if the real student lies above the 95 % interval of the synthetic one."""
+    return gap.real > _synthetic_interval(gap, n_test)[1]
+
+
+def _synthetic_interval(gap: Gap, n_test: int) -> tuple[float, float]:
+    return wilson_interval(round(gap.synthetic * n_test), n_test)
+
+
+def advice(gap: Gap, shares: Mapping[str, float | None], n_test: int, n_classes: int) -> str:
+    """One sentence: what to do about the gap.
+
+    Args:
+        gap: between the domains.
+        shares: number of last layer groups -> share of the gap that they recover.
+        n_test: test photos.
+        n_classes: number of classes.
+    """
+    known = {count: share for count, share in shares.items() if share is not None}
+    if not _significant(gap, n_test) or not known:
+        return _no_gap(gap, n_test, n_classes)
+    enough = [count for count, share in known.items() if share >= _ENOUGH]
+    if enough:
+        return (
+            f"Real photos for the last {enough[0]} layer group(s) recover {known[enough[0]]:.0%} of the gap "
+            f"of {gap.points:.1f} points: adapt with --strategy last-{enough[0]}."
+        )
+    best = max(known, key=lambda count: known[count])
     return (
-        f"No gap to close: {about}, and {found['n_test']} photos tell no difference below "
+        f"Even the last {best} layer groups recover only {known[best]:.0%} of the gap of {gap.points:.1f} "
+        "points, so it begins before them: train all layers on the photos (--strategy full), or generate "
+        "better images."
+    )
+
+
+def _no_gap(gap: Gap, n_test: int, n_classes: int) -> str:
+    about = f"{gap.synthetic:.1%} with synthetic images, {gap.real:.1%} with real photos"
+    halfway_from_chance = (1 + 1 / n_classes) / 2
+    if max(gap.synthetic, gap.real) < halfway_from_chance:
+        return f"No gap to see yet: {about}, so neither student has learned much; give more --epochs."
+    low, high = _synthetic_interval(gap, n_test)
+    return (
+        f"No gap to close: {about}, and {n_test} photos show no difference below "
         f"{100 * (high - low) / 2:.1f} points."
     )
 
 
-def markdown(found: Mapping[str, Any]) -> str:
+def probe_markdown(result: ProbeResult) -> str:
     """All tables, and the advice."""
-    lines = [f"Top-1 on {found['n_test']} real photos", "", *_curve_table(found)]
-    if _tells_a_gap(found):
-        lines += ["", *(f"- last {n} unit(s): {s:.0%} of the gap" for n, s in found["recovered"].items())]
-    if found["efficiency"]:
-        lines += ["", *_efficiency_table(found["efficiency"])]
-    if found["switches"]:
-        lines += ["", "| switch | synthetic | real |", "|---|---:|---:|"]
+    lines = [f"Top-1 on {result.n_test} real photos", "", *_curve_table(result)]
+    if _significant(result.gap, result.n_test):
+        shares = result.recovered.items()
+        lines.append("")
+        lines += [f"- last {n} layer group(s): {s:.0%} of the gap" for n, s in shares if s is not None]
+    if result.efficiency:
+        lines += ["", *_efficiency_table(result.efficiency)]
+    if result.ablations:
+        lines += ["", "| change | synthetic | real |", "|---|---:|---:|"]
         lines += [
-            f"| {row['switch']} | {_cell(row.get('synthetic'))} | {_cell(row.get('real'))} |"
-            for row in found["switches"]
+            f"| {row.change} | {_cell(row.synthetic)} | {_cell(row.real)} |" for row in result.ablations
         ]
-    return "\n".join([*lines, "", found["advice"]])
+    return "\n".join([*lines, "", result.advice])
 
 
 def _cell(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
-def _curve_table(found: Mapping[str, Any]) -> Iterator[str]:
-    top = {(row["first"], row["k"]): row["top1"] for row in found["curve"]}
-    yield "| units 1..k | up to | first synthetic, then real | first real, then synthetic |"
+def _curve_table(result: ProbeResult) -> Iterator[str]:
+    top = {(point.first, point.k): point.top1 for point in result.curve}
+    yield "| layer groups 1..k | up to | first synthetic, then real | first real, then synthetic |"
     yield "|---:|---|---:|---:|"
     for k in sorted({k for _, k in top}):
-        last = found["units"][k - 1] if k else ""
-        yield f"| {k} | {last} | {_cell(top['synthetic', k])} | {_cell(top['real', k])} |"
+        last = result.layer_groups[k - 1] if k else ""
+        yield f"| {k} | {last} | {_cell(top[SYNTHETIC, k])} | {_cell(top[REAL, k])} |"
 
 
-def _efficiency_table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    ways = list(dict.fromkeys(row["way"] for row in rows))
-    top = {(row["photos"], row["way"]): row["top1"] for row in rows}
-    yield f"| real photos | {' | '.join(ways)} |"
-    yield "|---:" * (1 + len(ways)) + "|"
+def _efficiency_table(points: Sequence[EfficiencyPoint]) -> Iterator[str]:
+    strategies = list(dict.fromkeys(point.strategy for point in points))
+    top = {(point.photos, point.strategy): point.top1 for point in points}
+    yield f"| real photos | {' | '.join(strategies)} |"
+    yield "|---:" * (1 + len(strategies)) + "|"
     for photos in sorted({photos for photos, _ in top}):
-        yield f"| {photos} | {' | '.join(_cell(top[photos, way]) for way in ways)} |"
+        yield f"| {photos} | {' | '.join(_cell(top[photos, strategy]) for strategy in strategies)} |"
 
 
-def plot(found: Mapping[str, Any], path: Path) -> None:
+def plot_probe(result: ProbeResult, path: Path) -> None:
     """The curve over k, and beside it the one over the number of real photos."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
-    over_units, over_photos = figure.subplots(1, 2, sharey=True)
-    for first, second in (("synthetic", "real"), ("real", "synthetic")):
-        rows = [row for row in found["curve"] if row["first"] == first]
-        label = f"1..k {first}, rest {second}"
-        over_units.plot([row["k"] for row in rows], [row["top1"] for row in rows], marker="o", label=label)
-    over_units.set(xlabel="k, units that learned the first domain", ylabel="top-1 on real photos")
-    for way in dict.fromkeys(one["way"] for one in found["efficiency"]):
-        rows = [row for row in found["efficiency"] if row["way"] == way]
-        over_photos.plot(
-            [row["photos"] for row in rows], [row["top1"] for row in rows], marker="o", label=way
-        )
+    over_groups, over_photos = figure.subplots(1, 2, sharey=True)
+    for first, second in ((SYNTHETIC, REAL), (REAL, SYNTHETIC)):
+        of_order = [(point.k, point.top1) for point in result.curve if point.first == first]
+        over_groups.plot(*zip(*of_order, strict=True), marker="o", label=f"1..k {first}, rest {second}")
+    over_groups.set(xlabel="k, layer groups that learned the first domain", ylabel="top-1 on real photos")
+    for strategy in dict.fromkeys(point.strategy for point in result.efficiency):
+        of_strategy = [
+            (point.photos, point.top1) for point in result.efficiency if point.strategy == strategy
+        ]
+        over_photos.plot(*zip(*of_strategy, strict=True), marker="o", label=strategy)
     over_photos.set_xscale("log", base=2)
-    over_photos.set_xticks(sorted({row["photos"] for row in found["efficiency"]}))
+    over_photos.set_xticks(sorted({point.photos for point in result.efficiency}))
     over_photos.xaxis.set_major_formatter("{x:g}")
     over_photos.set(xlabel="real photos")
-    for axes in (over_units, over_photos):
+    for axes in (over_groups, over_photos):
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=100)

@@ -16,28 +16,19 @@ from synthkit.errors import ConfigError
     "train.student", "train.weights", "train.pretrained", "train.epochs", "train.seed+adapt.seed"
 )
 @options.recipe_options
-@click.option(
-    "--synth-dir", type=click.Path(path_type=Path), help="Synthetic set  [default: WORKSPACE/synthetic]"
-)
-@click.option(
-    "--real-dir", type=click.Path(path_type=Path), required=True, help="Class folders of the real photos."
-)
-@click.option(
-    "--test-dir", type=click.Path(path_type=Path), help="Real photos to measure with  [default: a quarter]"
-)
-@click.option(
-    "--prompts", multiple=True, help="NAME=DIR: another synthetic set, drawn from other prompts, to compare."
-)
+@options.folder("--synth-dir", "Synthetic set  [default: WORKSPACE/synthetic]")
+@options.folder("--real-dir", "Real photos to learn.", required=True)
+@options.folder("--test-dir", "Real photos to test on  [default: a quarter of --real-dir]")
+@click.option("--prompts", multiple=True, help="NAME=DIR: a synthetic set of other prompts, to compare.")
 @click.option(
     "--points", type=click.IntRange(2), default=6, show_default=True, help="Values of k to measure."
 )
 @click.option(
-    "--switches",
+    "--ablations",
     default="statistics,augmentation,inputs",
     show_default=True,
-    help="Other causes to try in turn; none: leave them out.",
+    help="Other causes of the gap to try, one at a time; none: leave them out.",
 )
-@click.option("--efficiency/--no-efficiency", default=True, help="Try 1/16 to all of the real photos.")
 @options.skip_bad
 def command(
     workspace: Path,
@@ -46,18 +37,19 @@ def command(
     test_dir: Path | None,
     prompts: tuple[str, ...],
     points: int,
-    switches: str,
-    efficiency: bool,
+    ablations: str,
     skip_bad: bool,
     **recipe: Any,
 ) -> options.Output:
-    """Find the units in which a student of synthetic images falls behind one of real photos.
+    """Find the layers in which a student of synthetic images falls behind one of real photos.
 
-    Units 1..k learn one domain and stay as they are, the rest learns the other; the last units learn shares
-    of the real photos; other causes are tried in turn (arXiv 2405.03243). What was measured is kept.
+    Layer groups 1..k learn one domain and are frozen, the rest learns the other; the last groups learn shares
+    of the real photos; other causes are tried one at a time (arXiv 2405.03243). Results are kept and reused.
 
     \b
-    Example: synthkit probe --synth-dir ./synthetic --real-dir ./photos --test-dir ./test --student resnet10t
+    Examples:
+      synthkit probe --real-dir ./photos
+      synthkit probe --synth-dir ./synthetic --real-dir ./photos --test-dir ./test --student resnet10t
     """
     from synthkit.artifacts import workspace_lock, write_bytes, write_json
     from synthkit.data.images import ImageSet
@@ -65,17 +57,17 @@ def command(
         Probe,
         ProbeSettings,
         held_out,
-        markdown,
-        plot,
+        plot_probe,
+        probe_markdown,
         run_probe,
     )
     from synthkit.recipes.settings import AdaptSettings, TrainSettings
 
     given = options.given(recipe)
     training = given.over("train", TrainSettings())
-    named = () if switches == "none" else tuple(name.strip() for name in switches.split(","))
-    settings = ProbeSettings(points, named, efficiency)
-    folders = _pairs(prompts)
+    names = () if ablations == "none" else tuple(name.strip() for name in ablations.split(","))
+    settings = ProbeSettings(points, names)
+    folders = _named_folders(prompts)
     synthetic = ImageSet.scan(synth_dir or workspace / "synthetic", skip_bad)
     test = ImageSet.scan(test_dir, skip_bad) if test_dir else None
     real, test = held_out(ImageSet.scan(real_dir, skip_bad), test, training.seed)
@@ -83,13 +75,14 @@ def command(
     with workspace_lock(workspace):
         probe = Probe(synthetic, real, test, training, workspace / "probe")
         result = run_probe(probe, settings, given.over("adapt", AdaptSettings()), others)
-        write_json(workspace / "probe.json", result)
-        write_bytes(workspace / "probe.md", (text := f"{markdown(result)}\n").encode())
-        plot(result, workspace / "probe.png")
-    return options.Output(result, f"{text}\nalso in {workspace / 'probe'}.json, .md and .png")
+        text = f"{probe_markdown(result)}\n"
+        write_json(workspace / "probe.json", result.to_json())
+        write_bytes(workspace / "probe.md", text.encode())
+        plot_probe(result, workspace / "probe.png")
+    return options.Output(result.to_json(), f"{text}\nalso in {workspace / 'probe'}.json, .md and .png")
 
 
-def _pairs(texts: tuple[str, ...]) -> dict[str, Path]:
+def _named_folders(texts: tuple[str, ...]) -> dict[str, Path]:
     pairs = [text.partition("=") for text in texts]
     for name, _, folder in pairs:
         if not (name.isidentifier() and folder):

@@ -1,4 +1,4 @@
-"""`probe`: units freeze as said, cells are kept, shares are nested, and the advice follows the figures."""
+"""`probe`: layer groups freeze as said, results are kept, shares nest, and the advice follows the figures."""
 
 from __future__ import annotations
 
@@ -23,14 +23,16 @@ from synthkit.recipes.diagnostics.probe import (
     INPUTS,
     REAL,
     SYNTHETIC,
+    CurvePoint,
+    Gap,
     Probe,
+    ProbeResult,
     ProbeSettings,
-    advice,
-    copy_units,
+    copy_layer_groups,
+    curve_points,
     held_out,
-    markdown,
     mixed_student,
-    points,
+    probe_markdown,
     recovered,
     share,
 )
@@ -75,14 +77,14 @@ def test_the_command_measures_everything_once(
     result = call(tmp_path / "w", folders, *words)
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
-    units = len(found["units"])
+    groups = len(found["layer_groups"])
     assert {(row["first"], row["k"]) for row in found["curve"]} >= {
-        (domain, k) for domain in (SYNTHETIC, REAL) for k in (0, units - 1, units)
+        (domain, k) for domain in (SYNTHETIC, REAL) for k in (0, groups - 1, groups)
     }
     assert all(0 <= row["top1"] <= 1 for row in found["curve"] + found["efficiency"])
-    assert {row["way"] for row in found["efficiency"]} == {"last-1", "last-2", "last-4", "real only"}
-    assert [row["photos"] for row in found["efficiency"] if row["way"] == "last-1"] == [3, 3, 3, 6, 12]
-    names = [row["switch"] for row in found["switches"]]
+    assert {row["strategy"] for row in found["efficiency"]} == {"last-1", "last-2", "last-4", "real only"}
+    assert [row["photos"] for row in found["efficiency"] if row["strategy"] == "last-1"] == [3, 3, 3, 6, 12]
+    names = [row["change"] for row in found["ablations"]]
     assert names[0] == "BatchNorm statistics of real photos" and names[-1] == "prompts captions"
     assert {"augmentation none", "inputs edges", "inputs patches"} < set(names)
     assert found["n_test"] == 6 and found["advice"] in (tmp_path / "w" / "probe.md").read_text("utf-8")
@@ -97,10 +99,10 @@ def test_the_command_measures_everything_once(
 
 
 def test_the_ends_of_the_curve_are_the_students_of_one_domain(probe: Probe) -> None:
-    rows = {(row["first"], row["k"]): row["top1"] for row in recipe.curve(probe, 2)}
-    units = len(probe.initial.units())
-    assert rows[SYNTHETIC, 0] == rows[REAL, units] == probe.score(probe.student(REAL))
-    assert rows[REAL, 0] == rows[SYNTHETIC, units] == probe.score(probe.student(SYNTHETIC))
+    top1 = {(point.first, point.k): point.top1 for point in recipe.curve(probe, 2)}
+    groups = len(probe.initial.units())
+    assert top1[SYNTHETIC, 0] == top1[REAL, groups] == probe.score(probe.student(REAL))
+    assert top1[REAL, 0] == top1[SYNTHETIC, groups] == probe.score(probe.student(SYNTHETIC))
 
 
 @pytest.mark.parametrize("k", [1, 3])
@@ -125,7 +127,7 @@ def test_the_first_units_stay_and_the_others_never_saw_the_first_domain(
 def test_statistics_go_with_their_units() -> None:
     source, target = lively_student(1), lively_student(2)
     before = {key: value.clone() for key, value in target.model.state_dict().items()}
-    copy_units(source, target, 2)
+    copy_layer_groups(source, target, 2)
     names = {name for unit in source.units()[:2] for name in unit}
     owners = {name.rpartition(".")[0] for name in names}
     for key, value in target.model.state_dict().items():
@@ -141,7 +143,7 @@ def test_statistics_of_real_photos_change_the_student_and_not_its_weights(
     monkeypatch.setattr(Probe, "score", lambda self, student, inputs="photos": seen.append(student) or 0.5)
     probe.students[SYNTHETIC] = lively_student(0, COLOURS)
     before = probe.student(SYNTHETIC).model.state_dict()
-    list(recipe.switches(probe, ["statistics"]))
+    list(recipe.ablations(probe, ["statistics"]))
     after = seen[-1].model.state_dict()
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert changed and all(
@@ -150,9 +152,9 @@ def test_statistics_of_real_photos_change_the_student_and_not_its_weights(
 
 
 def test_points_hold_the_last_units_and_stay_inside() -> None:
-    assert points(18, 4) == [1, 6, 12, 14, 16, 17]
-    assert points(6, 2) == [1, 2, 4, 5]
-    assert points(3, 6) == [1, 2]
+    assert curve_points(18, 4) == [1, 6, 12, 14, 16, 17]
+    assert curve_points(6, 2) == [1, 2, 4, 5]
+    assert curve_points(3, 6) == [1, 2]
 
 
 def test_shares_are_nested_and_leave_no_class_out(folders: Path) -> None:
@@ -185,47 +187,48 @@ def test_the_inputs_leave_what_they_say() -> None:
     assert np.array_equal(patches[:, 16:], pixels[:, 16:])
 
 
-NO_TABLES: dict[str, Any] = {"curve": [], "efficiency": [], "switches": [], "units": [], "advice": ""}
-
-
-def rows(*top1: float) -> list[dict[str, Any]]:
-    return [{"first": SYNTHETIC, "k": k, "top1": value} for k, value in enumerate(top1)]
+def result_of(*top1: float, n_test: int = 400) -> ProbeResult:
+    points = [CurvePoint(SYNTHETIC, k, value) for k, value in enumerate(top1)]
+    gap, shares = recovered(points)
+    both = [*points, *(replace(point, first=REAL) for point in points)]
+    groups = [f"block{k}" for k in range(len(top1))]
+    return ProbeResult(groups, both, gap, shares, [], [], n_test, n_classes=10, settings={}, versions={})
 
 
 def test_the_shares_of_the_gap_and_the_advice() -> None:
-    late = recovered(rows(0.9, 0.9, 0.85, 0.8, 0.8, 0.7, 0.5))
-    assert late["gap"] == {"synthetic": 0.5, "real": 0.9, "points": 40.0}
-    assert late["recovered"] == {"1": 0.5, "2": 0.75, "4": 0.875}
-    about = {"n_test": 400, "classes": 10}
-    text = advice({**late, **about})
-    assert "last 1 unit(s) recover 50% of the gap of 40.0 points: adapt with --layers 1" in text
-    early = recovered(rows(0.9, 0.6, 0.55, 0.5, 0.5, 0.5, 0.5))
-    assert early["recovered"]["4"] == 0.125
-    assert "Even the last 4 units recover only 12% of the gap" in advice({**early, **about})
-    none = recovered(rows(0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5))
-    assert none["recovered"] == {"1": None, "2": None, "4": None}
-    assert advice({**none, **about}).startswith("No gap to see yet: 50.0% with synthetic images, 50.0% with")
-    near = {**recovered(rows(0.8, 0.8, 0.8, 0.8, 0.8, 0.7)), "n_test": 40, "classes": 10}
-    assert advice(near).startswith("No gap to close") and "of the gap" not in markdown(NO_TABLES | near)
-    behind = recovered(rows(0.6, 0.6, 0.6, 0.6, 0.6, 0.6, 0.7))
-    assert behind["recovered"] == {"1": None, "2": None, "4": None} and behind["gap"]["points"] == -10
-    assert "- last 2 unit(s): 75% of the gap" in markdown(NO_TABLES | late | about)
+    late = result_of(0.9, 0.9, 0.85, 0.8, 0.8, 0.7, 0.5)
+    assert late.gap == Gap(0.5, 0.9, 40.0)
+    assert late.recovered == {"1": 0.5, "2": 0.75, "4": 0.875}
+    expected = "last 1 layer group(s) recover 50% of the gap of 40.0 points: adapt with --strategy last-1"
+    assert expected in late.advice
+    early = result_of(0.9, 0.6, 0.55, 0.5, 0.5, 0.5, 0.5)
+    assert early.recovered["4"] == 0.125
+    assert "Even the last 4 layer groups recover only 12% of the gap" in early.advice
+    none = result_of(0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5)
+    assert none.recovered == {"1": None, "2": None, "4": None}
+    assert none.advice.startswith("No gap to see yet: 50.0% with synthetic images, 50.0% with")
+    near = result_of(0.8, 0.8, 0.8, 0.8, 0.8, 0.7, n_test=40)
+    assert near.advice.startswith("No gap to close") and "of the gap" not in probe_markdown(near)
+    behind = result_of(0.6, 0.6, 0.6, 0.6, 0.6, 0.6, 0.7)
+    assert behind.recovered == {"1": None, "2": None, "4": None} and behind.gap.points == -10
+    assert "- last 2 layer group(s): 75% of the gap" in probe_markdown(late)
+    assert late.to_json()["advice"] == late.advice
 
 
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["--switches", "statistic"], "no switch 'statistic'; did you mean statistics"),
+        (["--ablations", "statistic"], "no ablation 'statistic'; did you mean statistics"),
         (["--prompts", "captions"], "--prompts takes NAME=DIR"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_line(
     folders: Path, tmp_path: Path, words: list[str], text: str
 ) -> None:
-    result = call(tmp_path / "w", folders, "--no-efficiency", *words)
+    result = call(tmp_path / "w", folders, *words)
     assert result.exit_code == 1 and text in result.stderr and result.stderr.startswith("error: ")
 
 
 def test_settings_are_checked() -> None:
     with pytest.raises(ConfigError, match="there are statistics, augmentation, inputs"):
-        ProbeSettings(switches=("prompts",))
+        ProbeSettings(ablations=("prompts",))
