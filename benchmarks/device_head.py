@@ -96,8 +96,8 @@ def torch_top1(student: Student, test: ImageSet) -> float:
 
 def make_start(name: str, weights: Path, photos: ImageSet, place: Place, precision: str) -> Student:
     """Save the student and the bundle from which every method starts."""
+    from synthkit.engines.bundle.head import fill_replay_buffer
     from synthkit.learning.students import new_student
-    from synthkit.recipes.device.device_write import remember
     from synthkit.recipes.exporting.export import export_student_bundle
     from synthkit.recipes.settings import ExportSettings
 
@@ -108,10 +108,10 @@ def make_start(name: str, weights: Path, photos: ImageSet, place: Place, precisi
     student.save(place.root / "student")
     work = place.root / "bundle"
     work.mkdir()
-    lineage = {"trained_on": sorted({item.sha256 for item in photos.items})}
+    provenance = {"trained_on": sorted({item.sha256 for item in photos.items})}
     settings = ExportSettings(precision=precision)
-    export_student_bundle(student, photos.load(student.preprocessing), lineage, None, work, settings)
-    remember(work, photos)
+    export_student_bundle(student, photos.load(student.preprocessing), provenance, None, work, settings)
+    fill_replay_buffer(work, photos)
     return student
 
 

@@ -5,8 +5,11 @@
     threshold     below this probability of the best label the answer is "unknown"; from a share of photos to
                   answer, or from a share of wrong answers to allow (selective classification, El-Yaniv and
                   Wiener 2010)
-    set minimum   the labels at least this likely form a set that holds the right one as often as wanted
-                  (split conformal prediction with the score 1 - p, Sadinle et al. 2019, arXiv 1609.00451)
+    conformal threshold
+                  the labels at least this likely form a set that lacks the right one with a share of at most
+                  alpha of the photos (split conformal prediction with the score 1 - p, Sadinle et al. 2019,
+                  arXiv 1609.00451); with cross-validated scores the guarantee is 2 alpha (Barber et al. 2021,
+                  arXiv 1905.02928)
 
 NumPy on logits and class indices; this module knows no image and no file.
 """
@@ -16,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -38,12 +42,12 @@ class Target:
     Attributes:
         coverage: share of photos to answer, the most certain ones.
         error: share of wrong labels to allow among the answers.
-        miss: share of photos whose set of labels may lack the right one.
+        alpha: share of photos whose set of labels may lack the right one.
     """
 
     coverage: float | None = None
     error: float | None = None
-    miss: float | None = None
+    alpha: float | None = None
 
     def __post_init__(self) -> None:
         if self.coverage is not None and self.error is not None:
@@ -64,23 +68,27 @@ class Confidence:
     Attributes:
         temperature: the logits were divided by it; 1 where there were too few photos.
         threshold: smallest probability that is an answer; None: every photo gets one.
-        set_minimum: smallest probability of a label in the set of labels; None: no sets.
+        conformal_threshold: smallest probability of a label in the set of labels; None: no sets.
         facts: number of photos, calibration error before and after, coverage, error, set size.
     """
 
     temperature: float
     threshold: float | None
-    set_minimum: float | None
+    conformal_threshold: float | None
     facts: Mapping[str, Any]
 
     def to_json(self) -> dict[str, Any]:
         """Facts and numbers in one object."""
-        own = {"temperature": self.temperature, "threshold": self.threshold, "set_minimum": self.set_minimum}
+        own = {
+            "temperature": self.temperature,
+            "threshold": self.threshold,
+            "conformal_threshold": self.conformal_threshold,
+        }
         return {**self.facts, **own}
 
 
 def fit_confidence(logits: np.ndarray, labels: np.ndarray, target: Target) -> Confidence:
-    """Temperature, threshold and set minimum from held-out photos.
+    """Temperature, threshold and conformal threshold from held-out photos.
 
     Args:
         logits: float [N, classes], each row from a head that has not seen the photo.
@@ -97,7 +105,7 @@ def fit_confidence(logits: np.ndarray, labels: np.ndarray, target: Target) -> Co
     best, right = scores.max(axis=1), scores.argmax(axis=1) == labels
     threshold = _rounded_down(_threshold(best, right, target))
     chosen = scores[np.arange(len(labels)), labels]
-    minimum = _rounded_down(None if target.miss is None else set_minimum(chosen, target.miss))
+    minimum = _rounded_down(None if target.alpha is None else conformal_threshold(chosen, target.alpha))
     facts = {
         "photos": len(labels),
         "calibration_error_before": _error_of(softmax(logits), labels),
@@ -173,7 +181,8 @@ def threshold_for_coverage(best: np.ndarray, coverage: float) -> float:
         best: probability of the best label of every photo [N].
         coverage: share to answer, 0..1.
     """
-    answered = math.ceil(coverage * len(best))
+    # In decimals: as floats, 0.55 of 100 photos would be 55.00000000000001 and give 56.
+    answered = math.ceil(Decimal(str(coverage)) * len(best))
     return float(np.sort(best)[::-1][answered - 1])
 
 
@@ -201,21 +210,21 @@ def threshold_for_error(best: np.ndarray, right: np.ndarray, error: float) -> fl
     return float(best[order[fits[-1]]])
 
 
-def set_minimum(chosen: np.ndarray, miss: float) -> float:
+def conformal_threshold(chosen: np.ndarray, alpha: float) -> float:
     """The probability that a label needs to belong to the set.
 
     Args:
         chosen: probability of the right label of every held-out photo [N].
-        miss: share of photos whose set may lack the right label, 0..1.
+        alpha: share of photos whose set may lack the right label, 0..1.
 
     Raises:
         DataError: so few photos can promise no such share.
     """
-    rank = math.floor((len(chosen) + 1) * miss)
+    rank = math.floor((len(chosen) + 1) * alpha)
     if rank < 1:
         raise DataError(
-            f"sets that miss {miss:.1%} of the photos need at least {math.ceil(1 / miss) - 1} held-out ones, "
-            f"there are {len(chosen)}; allow more misses, or add photos"
+            f"sets that miss {alpha:.1%} of the photos need at least {math.ceil(1 / alpha) - 1} held-out "
+            f"ones, there are {len(chosen)}; allow more misses, or add photos"
         )
     return float(np.sort(chosen)[rank - 1])
 
@@ -234,4 +243,4 @@ def _of_sets(scores: np.ndarray, labels: np.ndarray, minimum: float | None) -> d
         return {}
     inside = scores >= minimum
     hit = inside[np.arange(len(labels)), labels].mean()
-    return {"set_size": float(inside.sum(axis=1).mean()), "set_miss": float(1 - hit)}
+    return {"set_size": float(inside.sum(axis=1).mean()), "set_miscoverage": float(1 - hit)}

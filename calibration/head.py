@@ -1,15 +1,15 @@
 """The last layer refitted to a few photos: logistic regression with the present head as its prior.
 
-    minimise  sum_i w_i CE(y_i, W x_i + b)  +  strength / 2 * (s^2 ||W - W0||^2 + ||b - b0||^2)
+    minimise  sum_i w_i CE(y_i, W x_i + b)  +  prior_weight / 2 * (s^2 ||W - W0||^2 + ||b - b0||^2)
 
 x are the features that enter the head, s is their root mean square norm, W0 and b0 are the present head, the
-weights w (1 in the mean) let every class count as much as another. A large strength keeps the head as it is,
-a small one believes the photos alone; photos that were held out choose. The row of a new class starts at the
-mean of its photos (weight imprinting, Qi et al. 2018, arXiv 1712.07136).
+weights w (1 in the mean) let every class count as much as another. A large weight of the prior keeps the head
+as it is, a small one believes the photos alone; photos that were held out choose. The row of a new class
+starts at the mean of its photos (weight imprinting, Qi et al. 2018, arXiv 1712.07136).
 
-The present head has learnt the remembered photos of the old classes, and is surer of them than of any other
+The present head has learnt the replayed photos of the old classes, and is surer of them than of any other
 photo: beside them a new class would be seen far too often. So its bias is lowered until the class recognises
-its own held-out photos no more often than heads from nothing recognise held-out remembered ones.
+its own held-out photos no more often than heads from nothing recognise held-out replayed ones.
 
 The difference from the prior lies in the span of the features, so that the problem has as many unknowns per
 class as there are photos, whatever the width of the network. NumPy in float64: the same photos in the same
@@ -27,10 +27,10 @@ from synthkit.calibration.confidence import fit_temperature
 from synthkit.metrics.classification import log_loss
 from synthkit.standalone import softmax
 
-STRENGTHS = tuple(float(10.0**power) for power in np.arange(1, -2.01, -0.5))
+PRIOR_WEIGHTS = tuple(float(10.0**power) for power in np.arange(1, -2.01, -0.5))
 """From nearly the present head to nearly the photos alone."""
 
-DEFAULT_STRENGTH = 0.1
+DEFAULT_PRIOR_WEIGHT = 0.1
 """Where no photo can be held out."""
 
 _FOLDS = 5
@@ -56,13 +56,13 @@ class LinearHead:
         """Logits, float64 [N, classes], of features [N, width]."""
         return np.asarray(features.astype(np.float64) @ self.weight.astype(np.float64).T + self.bias)
 
-    def divided(self, temperature: float) -> LinearHead:
+    def with_temperature(self, temperature: float) -> LinearHead:
         """The head whose logits are those of this one divided by a temperature."""
         return LinearHead(self.weight / temperature, self.bias / temperature)
 
-    def restrained(self, restraint: np.ndarray) -> LinearHead:
-        """The head whose logits are lowered by one number for each class [classes]."""
-        return LinearHead(self.weight, self.bias - restraint)
+    def with_logit_offset(self, logit_offset: np.ndarray) -> LinearHead:
+        """The head whose logits are lowered by an offset for each class [classes]."""
+        return LinearHead(self.weight, self.bias - logit_offset)
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,11 @@ class Examples:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def at(self, rows: np.ndarray) -> Examples:
+    def select(self, rows: np.ndarray) -> Examples:
         """The examples at the given positions."""
         return Examples(self.features[rows], self.labels[rows])
 
-    def and_also(self, other: Examples) -> Examples:
+    def concat(self, other: Examples) -> Examples:
         """These examples, then the others."""
         return Examples(
             np.concatenate([self.features, other.features]), np.concatenate([self.labels, other.labels])
@@ -92,103 +92,103 @@ class Examples:
 
 
 @dataclass(frozen=True)
-class Choice:
+class PriorChoice:
     """What held-out examples say.
 
     Attributes:
-        strength: the best one.
-        rows: positions of those that were held out, once each, in the photos followed by the memory.
+        prior_weight: the one under which they are most likely.
+        rows: positions of those that were held out, once each, in the photos followed by the replayed.
         logits: of these, each from a head that has not been fitted to it, float64 [rows, classes].
-        folds: how many heads that took; 0: none could be held out and the strength is the default.
-        restraint: what the logit of every class is to be lowered by, above 0 for new classes only; the logits
-            above are lowered already. Float64 [classes].
+        folds: how many heads that took; 0: none could be held out and the weight is the default.
+        logit_offset: lowers the logit of every class, above 0 for new classes only; the logits above are
+            lowered already. Float64 [classes].
     """
 
-    strength: float
+    prior_weight: float
     rows: np.ndarray
     logits: np.ndarray
     folds: int
-    restraint: np.ndarray
+    logit_offset: np.ndarray
 
 
 def fit_head(
-    head: LinearHead, photos: Examples, memory: Examples, classes: int, strength: float
+    head: LinearHead, photos: Examples, replayed: Examples, classes: int, prior_weight: float
 ) -> LinearHead:
     """The head refitted to photos.
 
     Args:
         head: the present head; its classes come first.
         photos: what to learn; classes without photos are kept.
-        memory: examples of earlier photos, learnt as well.
+        replayed: examples of earlier photos, learnt as well.
         classes: classes of the result, at least those of the head; every new one has photos.
-        strength: how firmly the present head is held, above 0.
+        prior_weight: how firmly the present head is held, above 0.
     """
-    return next(_fit_all(head, photos.and_also(memory), classes, [strength]))
+    return next(_fit_all(head, photos.concat(replayed), classes, [prior_weight]))
 
 
-def choose_strength(head: LinearHead, photos: Examples, memory: Examples, classes: int) -> Choice:
-    """The strength under which held-out photos are most likely, and what they then get as logits.
+def choose_prior_weight(head: LinearHead, photos: Examples, replayed: Examples, classes: int) -> PriorChoice:
+    """The weight of the prior under which held-out photos are most likely, and what they then get as logits.
 
     The likelihood is taken at its own best temperature, because the temperature is fitted anyway: what counts
-    is how well the classes are told apart. Of the memory, the classes that the photos lack are judged as
+    is how well the classes are told apart. Of the replayed, the classes that the photos lack are judged as
     well, or a new class would be chosen to be seen everywhere; the rest of it is learnt in every fold. Beside
-    a new class such a memory would always vote for the present head, which has learnt it: the strength is
-    then the default, and the new class is restrained.
+    a new class replayed photos would always vote for the present head, which has learnt them: the weight is
+    then the default, and the new class gets a logit offset.
 
     Args:
         head: the present head.
         photos: ordered by class; each class is dealt evenly over the folds.
-        memory: examples of earlier photos.
+        replayed: examples of earlier photos.
         classes: classes of the result.
     """
-    known, everything = len(head.bias), photos.and_also(memory)
+    known, everything = len(head.bias), photos.concat(replayed)
     rows = _can_be_held_out(photos.labels, everything.labels, known)
     if len(rows) < 2:
-        return Choice(DEFAULT_STRENGTH, rows[:0], np.empty((0, classes)), 0, np.zeros(classes))
+        return PriorChoice(DEFAULT_PRIOR_WEIGHT, rows[:0], np.empty((0, classes)), 0, np.zeros(classes))
     partial = classes > known and bool((rows >= len(photos)).any())
-    strengths = (DEFAULT_STRENGTH,) if partial else STRENGTHS
-    found, folds = _held_out(head, everything, rows, classes, strengths)
+    prior_weights = (DEFAULT_PRIOR_WEIGHT,) if partial else PRIOR_WEIGHTS
+    found, folds = _held_out(head, everything, rows, classes, prior_weights)
     labels = everything.labels[rows]
     best = int(np.argmin([_loss_at_best_temperature(logits, labels) for logits in found]))  # the strongest
-    restraint = _restraint(found[best], labels, known, memory) if partial else np.zeros(classes)
-    return Choice(strengths[best], rows, found[best] - restraint, folds, restraint)
+    logit_offset = _logit_offset(found[best], labels, known, replayed) if partial else np.zeros(classes)
+    return PriorChoice(prior_weights[best], rows, found[best] - logit_offset, folds, logit_offset)
 
 
 def _held_out(
-    head: LinearHead, examples: Examples, rows: np.ndarray, classes: int, strengths: Sequence[float]
+    head: LinearHead, examples: Examples, rows: np.ndarray, classes: int, prior_weights: Sequence[float]
 ) -> tuple[np.ndarray, int]:
-    """Logits [strengths, rows, classes] from heads that were not fitted to the row, and how many folds."""
+    """Logits [prior weights, rows, classes] of heads that were not fitted to the row, and number of folds."""
     folds = len(rows) if len(rows) <= _LEAVE_ONE_OUT else _FOLDS
-    found = np.empty((len(strengths), len(rows), classes))
+    found = np.empty((len(prior_weights), len(rows), classes))
     for fold in range(folds):
         judged = np.arange(fold, len(rows), folds)
-        learnt = examples.at(np.setdiff1d(np.arange(len(examples)), rows[judged]))
-        for place, fitted in enumerate(_fit_all(head, learnt, classes, strengths)):
+        learnt = examples.select(np.setdiff1d(np.arange(len(examples)), rows[judged]))
+        for place, fitted in enumerate(_fit_all(head, learnt, classes, prior_weights)):
             found[place, judged] = fitted.logits(examples.features[rows[judged]])
     return found, folds
 
 
-def _restraint(logits: np.ndarray, labels: np.ndarray, known: int, memory: Examples) -> np.ndarray:
+def _logit_offset(logits: np.ndarray, labels: np.ndarray, known: int, replayed: Examples) -> np.ndarray:
     """How far each new class is lowered, so that it is recognised no more often than the old ones [classes].
 
     Args:
         logits: of held-out examples [N, classes].
         labels: of these.
         known: classes of the present head.
-        memory: examples of the old classes.
+        replayed: examples of the old classes.
     """
-    restraint = np.zeros(logits.shape[1])
-    again = _can_be_held_out(memory.labels, memory.labels, 0)
+    logit_offset = np.zeros(logits.shape[1])
+    again = _can_be_held_out(replayed.labels, replayed.labels, 0)
     if len(again) < 2:
-        return restraint
-    nothing = LinearHead(np.zeros((known, memory.features.shape[1])), np.zeros(known))
-    (found,), _ = _held_out(nothing, memory, again, known, (DEFAULT_STRENGTH,))
-    recognised = np.mean(found.argmax(axis=1) == memory.labels[again])
+        return logit_offset
+    nothing = LinearHead(np.zeros((known, replayed.features.shape[1])), np.zeros(known))
+    (found,), _ = _held_out(nothing, replayed, again, known, (DEFAULT_PRIOR_WEIGHT,))
+    recognised = np.mean(found.argmax(axis=1) == replayed.labels[again])
     for label in np.unique(labels[labels >= known]):
         own = logits[labels == label]
         lead = own[:, label] - np.delete(own, label, axis=1).max(axis=1)
-        restraint[label] = max(float(np.quantile(lead, 1 - recognised)), 0.0)
-    return restraint
+        logit_offset[label] = max(float(np.quantile(lead, 1 - recognised)), 0.0)
+    return logit_offset
 
 
 def _can_be_held_out(photos: np.ndarray, labels: np.ndarray, known: int) -> np.ndarray:
@@ -196,7 +196,7 @@ def _can_be_held_out(photos: np.ndarray, labels: np.ndarray, known: int) -> np.n
 
     Args:
         photos: labels of the photos.
-        labels: the same, then those of the memory.
+        labels: the same, then those of the replayed.
         known: classes of the present head.
     """
     judged = (np.arange(len(labels)) < len(photos)) | ~np.isin(labels, photos)
@@ -208,9 +208,9 @@ def _loss_at_best_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def _fit_all(
-    head: LinearHead, examples: Examples, classes: int, strengths: Sequence[float]
+    head: LinearHead, examples: Examples, classes: int, prior_weights: Sequence[float]
 ) -> Iterator[LinearHead]:
-    """A head for each strength, each search beginning where the one before has ended."""
+    """A head for each weight of the prior, each search beginning where the one before has ended."""
     prior = _with_new_classes(head, examples, classes)
     features = examples.features.astype(np.float64)
     scale = max(float(np.sqrt((features**2).sum(axis=1).mean())), 1e-12)
@@ -222,11 +222,10 @@ def _fit_all(
         vectors * np.sqrt(sizes), sizes, roots, prior.logits(features), np.eye(classes)[examples.labels]
     )
     change = np.zeros((len(sizes), classes))
-    for strength in strengths:
-        change = problem.solve(strength, change)
-        shares = roots * (
-            vectors / np.sqrt(sizes) @ change
-        )  # [N, classes]: of each example in each class's row
+    for prior_weight in prior_weights:
+        change = problem.solve(prior_weight, change)
+        # [N, classes]: the share of each example in each class's row
+        shares = roots * (vectors / np.sqrt(sizes) @ change)
         yield LinearHead(prior.weight + shares.T @ features / scale**2, prior.bias + shares.sum(axis=0))
 
 
@@ -255,18 +254,18 @@ class _Problem:
     base: np.ndarray
     targets: np.ndarray
 
-    def solve(self, strength: float, change: np.ndarray) -> np.ndarray:
+    def solve(self, prior_weight: float, change: np.ndarray) -> np.ndarray:
         """The change of the prior [rank, classes] that minimises the regularised loss.
 
         Half the diagonal bounds the curvature of the log loss everywhere (Boehning 1992), so that its inverse
         is a step that never overshoots; momentum with restarts (O'Donoghue and Candes 2015) makes the steps
         few.
         """
-        step = 1 / (0.5 * self.sizes + strength)[:, None]
+        step = 1 / (0.5 * self.sizes + prior_weight)[:, None]
         ahead, momentum = change, 1.0
         for _ in range(_MOST_STEPS):
             error = softmax(self.base + self.coordinates @ ahead / self.roots) - self.targets
-            gradient = self.coordinates.T @ (self.roots * error) + strength * ahead
+            gradient = self.coordinates.T @ (self.roots * error) + prior_weight * ahead
             new = ahead - step * gradient
             if np.vdot(gradient, new - change) > 0:
                 momentum = 1.0

@@ -81,6 +81,6 @@ def tiny_bundle(folder: Path, trained_on: Sequence[str] = (), seed: int = 0) -> 
     from synthkit.recipes.exporting.export import export_student_bundle
 
     folder.mkdir(parents=True)
-    lineage = {"trained_on": list(trained_on), "path": "last layer"}
-    export_student_bundle(tiny_student(seed), noise(), lineage, {"top1": 0.5, "n_test": 6}, folder)
+    provenance = {"trained_on": list(trained_on), "path": "last layer"}
+    export_student_bundle(tiny_student(seed), noise(), provenance, {"top1": 0.5, "n_test": 6}, folder)
     return folder

@@ -187,13 +187,13 @@ def decided(one: Mapping[str, Any], confidence: Mapping[str, Any], top: int) -> 
 
     Returns:
         The prediction; its label is "unknown" where the score is below the threshold, and "set" holds the
-        labels among which the right one is with the frequency that was asked for.
+        labels that are likely enough to be the right one (see `calibration/confidence.py` of synthkit).
     """
     found = {**one, "top": one["top"][: max(1, top)]}
     if one["score"] < (confidence.get("threshold") or 0):
         found["label"] = UNKNOWN
-    if (minimum := confidence.get("set_minimum")) is not None:
-        found["set"] = [label for label, score in one["top"] if score >= minimum]
+    if (least := confidence.get("conformal_threshold")) is not None:
+        found["set"] = [label for label, score in one["top"] if score >= least]
     return found
 
 

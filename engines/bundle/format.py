@@ -4,8 +4,8 @@
     model.fp16.onnx   the same in half precision, and model.int8.onnx in 8 bits, where they were asked for
     labels.txt        class names, one per line, in the order of the logits
     preprocess.json   how an image becomes the input, in the words of timm's data config
-    bundle.json       schema, every other file's hash, specs, lineage; opset, head, parity, cost per precision
-    memory.npz        features of the photos it was trained on, for refitting its last layer on the device
+    bundle.json       schema, every other file's hash, specs, provenance; head, parity, cost per precision
+    replay_buffer.npz features of the photos it was trained on, for refitting its last layer on the device
     confidence.json   below which probability an answer is "unknown", where that was asked for
     golden.npz        a few inputs, the torch student's logits, and those of each smaller precision
     predict.py        `synthkit/standalone.py`: NumPy, Pillow and onnxruntime alone
@@ -31,7 +31,7 @@ from synthkit import standalone
 from synthkit.artifacts import MANIFEST, digest, list_outputs, write_bytes, write_json
 from synthkit.data.images import Preprocessing
 from synthkit.engines.bundle.build_script import write_build_script
-from synthkit.engines.bundle.replay_buffer import memory_failures
+from synthkit.engines.bundle.replay_buffer import replay_buffer_failures
 from synthkit.engines.runtime.onnx_header import read_metadata, read_opset
 from synthkit.engines.runtime.session import Session, open_session
 from synthkit.engines.runtime.tensor_spec import TensorSpec, spec_from_json
@@ -193,7 +193,7 @@ def write_bundle(
     preprocessing: Preprocessing,
     models: Mapping[str, ModelFacts],
     golden: Golden,
-    lineage: Mapping[str, Any],
+    provenance: Mapping[str, Any],
     default_precision: str = FP32,
 ) -> None:
     """Complete a folder that already holds a model file for each precision.
@@ -204,7 +204,7 @@ def write_bundle(
         preprocessing: how an image becomes the model's input.
         models: precision -> what is known of its model.
         golden: inputs and what the models gave for them.
-        lineage: how the student came about; "trained_on" lists the SHA-256 of every real photo.
+        provenance: how the student came about; "trained_on" lists the SHA-256 of every real photo.
         default_precision: which model runs when none is named.
     """
     _, height, width = preprocessing.input_size
@@ -224,7 +224,7 @@ def write_bundle(
             name: {"file": FILES[name], **asdict(model), "golden_tolerance": asdict(TOLERANCES[name])}
             for name, model in models.items()
         },
-        "lineage": lineage,
+        "provenance": provenance,
         "confidence": None,
     }
     seal(folder, facts)
@@ -262,7 +262,7 @@ def verify(folder: Path) -> list[str]:
         facts = read_facts(folder)
         return _file_failures(folder, facts) or [
             *_confidence_failures(folder),
-            *memory_failures(folder, facts["precisions"], int(facts["output"]["shape"][1])),
+            *replay_buffer_failures(folder, facts["precisions"], int(facts["output"]["shape"][1])),
             *(
                 failure
                 for name in facts["precisions"]
@@ -276,7 +276,7 @@ def verify(folder: Path) -> list[str]:
 def _confidence_failures(folder: Path) -> list[str]:
     try:
         limits = standalone.read_confidence(folder)
-        sound = all(0 <= (limits.get(name) or 0) <= 1 for name in ("threshold", "set_minimum"))
+        sound = all(0 <= (limits.get(name) or 0) <= 1 for name in ("threshold", "conformal_threshold"))
     except (ValueError, TypeError):
         sound = False
     return [] if sound else [f"{standalone.CONFIDENCE} holds no probabilities"]

@@ -16,7 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from synthkit.engines.bundle.format import INPUT
+from synthkit.data.images import ImageSet, Preprocessing
+from synthkit.engines.bundle.format import INPUT, read_facts, seal
+from synthkit.engines.bundle.replay_buffer import PER_CLASS, ReplayBuffer, write_replay_buffer
 from synthkit.engines.runtime.session import open_session
 from synthkit.errors import BundleError, EngineError, MissingExtra
 
@@ -87,7 +89,7 @@ class HeadFile:
         )
 
     def with_head(
-        self, weight: np.ndarray, bias: np.ndarray, labels: Sequence[str], lineage: Mapping[str, Any]
+        self, weight: np.ndarray, bias: np.ndarray, labels: Sequence[str], provenance: Mapping[str, Any]
     ) -> bytes:
         """The file's content with another head, for as many classes as that has.
 
@@ -95,7 +97,7 @@ class HeadFile:
             weight: float [classes, width].
             bias: float [classes].
             labels: class names, for the ONNX metadata.
-            lineage: how the classifier came about, for the ONNX metadata.
+            provenance: how the classifier came about, for the ONNX metadata.
 
         Raises:
             BundleError: the head's numbers do not fit the file's element type.
@@ -108,7 +110,7 @@ class HeadFile:
         graph.output[0].type.tensor_type.shape.dim[1].dim_value = len(bias)
         del graph.value_info[:]  # hints of shapes, which may be those of fewer classes; readers infer them
         texts = {prop.key: prop.value for prop in edited.model.metadata_props}
-        facts = {"names": dict(enumerate(labels)), "lineage": dict(lineage)}
+        facts = {"names": dict(enumerate(labels)), "provenance": dict(provenance)}
         texts |= {key: json.dumps(value, ensure_ascii=False, default=str) for key, value in facts.items()}
         onnx.helper.set_model_props(edited.model, texts)
         onnx.checker.check_model(edited.model, full_check=True)
@@ -135,6 +137,30 @@ class HeadFile:
         if not np.isfinite(stored).all():
             raise BundleError(f"the new head's {side} is too large for {stored.dtype} in {self.path}")
         tensor.CopyFrom(_onnx().numpy_helper.from_array(stored, tensor.name))
+
+
+def fill_replay_buffer(folder: Path, photos: ImageSet) -> None:
+    """Write the replay buffer of the photos that a bundle was trained on, and seal the bundle again.
+
+    A bundle whose last layer is not on record is left as it is: a device cannot refit it.
+
+    Args:
+        folder: a bundle that was just exported.
+        photos: labelled in the order of its logits.
+    """
+    facts = read_facts(folder)
+    kept = [np.flatnonzero(photos.labels == label)[:PER_CLASS] for label in range(len(photos.classes))]
+    photos = photos.subset(np.concatenate(kept))
+    inputs = photos.load(Preprocessing.from_timm(json.loads((folder / "preprocess.json").read_text())))
+    features = {
+        name: HeadFile.open(folder, stated).body()(inputs)
+        for name, stated in facts["precisions"].items()
+        if stated["head"]
+    }
+    if features:
+        sha256 = np.array([item.sha256 for item in photos.items])
+        write_replay_buffer(folder, ReplayBuffer(photos.labels, sha256, features))
+        seal(folder, facts)
 
 
 def _copy(model: Any) -> Any:

@@ -97,14 +97,14 @@ def rollback(folder: Path) -> tuple[int, int]:
     """
     find_again(folder)
     if not folder.is_dir():
-        raise BundleError(f"no bundle {folder}; name the folder that `synthkit adapt --bundle` was given")
+        raise BundleError(f"no bundle {folder}; name the folder that `synthkit update` was given")
     with lock(folder):
         settle(folder)
         now, before = version_of(folder), version_of(previous_of(folder))
         if now is None or before is None:
             raise BundleError(
                 f"{folder} has no version to go back to: {previous_of(folder)} holds no bundle; "
-                "`synthkit adapt --bundle` keeps one when it writes another"
+                "`synthkit update` keeps one when it writes another"
             )
         _exchange(previous_of(folder), folder)
         _flush(folder.resolve().parent)
@@ -187,7 +187,7 @@ def lock(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise WorkspaceError(f"another run is adapting {folder}; wait for it") from None
+            raise WorkspaceError(f"another run is updating {folder}; wait for it") from None
         yield
 
 

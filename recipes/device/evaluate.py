@@ -35,7 +35,7 @@ def evaluate_bundle(bundle: Bundle, test_dir: Path, skip_bad: bool = False) -> d
     """
     started = time.perf_counter()
     images = ImageSet.scan(test_dir, skip_bad).with_classes(bundle.labels)
-    trained_on = bundle.facts["lineage"].get("trained_on", [])
+    trained_on = bundle.facts["provenance"].get("trained_on", [])
     known = dict.fromkeys(trained_on, "trained on")
     refuse_shared(images, known, ("the training photos", str(test_dir)))
     logits = compute_logits(bundle, images)
@@ -63,7 +63,7 @@ def _judged(logits: np.ndarray, labels: np.ndarray, confidence: Mapping[str, Any
     found: dict[str, Any] = {"calibration_error": metrics.calibration_error(best, right)}
     if (threshold := confidence.get("threshold")) is not None:
         found["answers"] = _of_answers(right[best >= threshold], len(labels), threshold)
-    if (minimum := confidence.get("set_minimum")) is not None:
+    if (minimum := confidence.get("conformal_threshold")) is not None:
         inside = scores >= minimum
         found["sets"] = {
             "minimum": minimum,

@@ -15,8 +15,8 @@ from synthkit.artifacts import Key, fingerprint
 from synthkit.data.images import ImageSet, Preprocessing
 from synthkit.data.splits import check_disjoint
 from synthkit.engines.bundle import format as bundle
+from synthkit.engines.bundle.head import fill_replay_buffer
 from synthkit.errors import BundleError, ModelError
-from synthkit.recipes.device.device_write import remember
 from synthkit.recipes.exporting.precisions import (
     TestSet,
     chosen_precisions,
@@ -132,10 +132,10 @@ class Export:
         student = load_student(self.student_dir)
         inputs = _noise(student.preprocessing) if photos is None else photos.load(student.preprocessing)
         trained_on = [] if photos is None else sorted({item.sha256 for item in photos.items})
-        lineage = {"student": fingerprint(self.student_dir), "trained_on": trained_on}
-        found = export_student_bundle(student, inputs, lineage, None, work, self.settings, self.images)
+        provenance = {"student": fingerprint(self.student_dir), "trained_on": trained_on}
+        found = export_student_bundle(student, inputs, provenance, None, work, self.settings, self.images)
         if photos is not None:
-            remember(work, photos.with_classes(student.classes))
+            fill_replay_buffer(work, photos.with_classes(student.classes))
         return found
 
 
@@ -155,7 +155,7 @@ def _noise(preprocessing: Preprocessing) -> np.ndarray:
 def export_student_bundle(
     student: ExportableStudent,
     images: np.ndarray,
-    lineage: Mapping[str, Any],
+    provenance: Mapping[str, Any],
     accuracy: Mapping[str, Any] | None,
     work_dir: Path,
     settings: ExportSettings | None = None,
@@ -166,7 +166,7 @@ def export_student_bundle(
     Args:
         student: the torch student.
         images: real images as uint8 [N, height, width, 3]; parity is verified on them, a few become golden.
-        lineage: how the student came about; "trained_on" lists the SHA-256 of every real photo.
+        provenance: how the student came about; "trained_on" lists the SHA-256 of every real photo.
         accuracy: what was measured on a test set, if anything; `sets.test` is measured here.
         work_dir: where to write.
         settings: precisions and target.
@@ -185,7 +185,7 @@ def export_student_bundle(
 
     settings, sets = settings or ExportSettings(), sets or Images()
     target, preprocessing = TARGETS[settings.target], student.preprocessing
-    metadata = _onnx_metadata(student, lineage)
+    metadata = _onnx_metadata(student, provenance)
     path = work_dir / bundle.MODEL
     fp32, logits = export_student(student.model, preprocessing, images, path, metadata, target.opset)
     int8_target = target.int8 if settings.int8_target == "auto" else settings.int8_target
@@ -199,7 +199,7 @@ def export_student_bundle(
         preprocessing=preprocessing,
         models=facts,
         golden=bundle.Golden(images, logits, made.golden),
-        lineage=lineage,
+        provenance=provenance,
         default_precision=default,
     )
     material = Material(work_dir, list(facts), default, student.classes, preprocessing, images[:4])
@@ -265,14 +265,14 @@ def _summary(
     }
 
 
-def _onnx_metadata(student: ExportableStudent, lineage: Mapping[str, Any]) -> dict[str, str]:
+def _onnx_metadata(student: ExportableStudent, provenance: Mapping[str, Any]) -> dict[str, str]:
     """The bundle's facts inside the model, under the keys that other tools read (names, imgsz, task)."""
     preprocessing = student.preprocessing.to_json()
     facts = {
         "names": dict(enumerate(student.classes)),
         "imgsz": preprocessing["input_size"][1:],
         "preprocess": preprocessing,
-        "lineage": dict(lineage),
+        "provenance": dict(provenance),
     }
     texts = {name: json.dumps(value, ensure_ascii=False, default=str) for name, value in facts.items()}
     return {"task": "classify", "producer": f"synthkit {synthkit.__version__}", **texts}

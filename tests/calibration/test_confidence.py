@@ -6,9 +6,9 @@ import pytest
 from synthkit.calibration.confidence import (
     FEWEST,
     Target,
+    conformal_threshold,
     fit_confidence,
     fit_temperature,
-    set_minimum,
     threshold_for_coverage,
     threshold_for_error,
 )
@@ -54,7 +54,7 @@ def test_calibration_lowers_the_error_that_it_states() -> None:
     fresh, answers = honest(4000, 3)
     scores = softmax(fresh * 3 / found.temperature)
     assert calibration_error(scores.max(axis=1), scores.argmax(axis=1) == answers) < 0.05
-    assert found.threshold is None and found.set_minimum is None and "coverage" not in found.facts
+    assert found.threshold is None and found.conformal_threshold is None and "coverage" not in found.facts
 
 
 def test_the_threshold_gives_the_coverage_or_the_error_asked_for() -> None:
@@ -84,13 +84,13 @@ def test_thresholds_by_hand() -> None:
 
 def test_sets_hold_the_right_label_as_often_as_asked() -> None:
     logits, labels = honest(2000, 6)
-    found = fit_confidence(logits, labels, Target(miss=0.1))
+    found = fit_confidence(logits, labels, Target(alpha=0.1))
     fresh, answers = honest(4000, 7)
-    inside = softmax(fresh / found.temperature) >= found.set_minimum
+    inside = softmax(fresh / found.temperature) >= found.conformal_threshold
     missed = 1 - inside[np.arange(len(answers)), answers].mean()
     assert missed == pytest.approx(0.1, abs=0.025) and found.facts["set_size"] > 1
     with pytest.raises(DataError, match="need at least 99 held-out ones, there are 50"):
-        set_minimum(np.full(50, 0.9), 0.01)
+        conformal_threshold(np.full(50, 0.9), 0.01)
 
 
 def test_what_cannot_be_asked_for_is_refused() -> None:

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from synthkit.calibration.head import (
-    DEFAULT_STRENGTH,
-    STRENGTHS,
+    DEFAULT_PRIOR_WEIGHT,
+    PRIOR_WEIGHTS,
     Examples,
     LinearHead,
-    choose_strength,
+    choose_prior_weight,
     fit_head,
 )
 from synthkit.standalone import softmax
@@ -58,7 +58,7 @@ def test_it_is_the_minimum_of_the_stated_loss() -> None:
 def test_the_prior_is_kept_where_it_is_held_firmly_and_left_where_it_is_not() -> None:
     head = LinearHead(np.random.default_rng(3).normal(0, 1, (3, WIDTH)), np.array([0.1, 0.2, 0.3]))
     photos = draw(centres(3), evenly(3, 10), 1)
-    firm, loose = (fit_head(head, photos, nothing(), 3, strength) for strength in (1e6, 1e-2))
+    firm, loose = (fit_head(head, photos, nothing(), 3, prior_weight) for prior_weight in (1e6, 1e-2))
     assert np.abs(firm.weight - head.weight).max() < 1e-3 and np.abs(firm.bias - head.bias).max() < 1e-3
     assert share(loose, photos) == 1.0 > share(head, photos)
 
@@ -68,19 +68,19 @@ def test_held_out_photos_choose_a_firm_prior_that_is_right_and_a_loose_one_that_
     right = fit_head(zeros(3), draw(where, evenly(3, 60), 5), nothing(), 3, 0.1)
     wrong = LinearHead(np.roll(right.weight, 1, axis=0), np.roll(right.bias, 1))
     photos = draw(where, evenly(3, 6), 6, spread=2.5)
-    assert choose_strength(right, photos, nothing(), 3).strength == STRENGTHS[0]
-    assert choose_strength(wrong, photos, nothing(), 3).strength < STRENGTHS[0]
+    assert choose_prior_weight(right, photos, nothing(), 3).prior_weight == PRIOR_WEIGHTS[0]
+    assert choose_prior_weight(wrong, photos, nothing(), 3).prior_weight < PRIOR_WEIGHTS[0]
 
 
 def test_held_out_logits_come_from_heads_that_have_not_seen_the_photo() -> None:
     """Labels that say nothing cannot be guessed: only a leak would make most of them right."""
     random = np.random.default_rng(0)
     photos = Examples(random.normal(0, 1, (60, WIDTH)).astype(np.float32), random.permutation(evenly(3, 20)))
-    choice = choose_strength(zeros(3), photos, nothing(), 3)
+    choice = choose_prior_weight(zeros(3), photos, nothing(), 3)
     assert sorted(choice.rows) == list(range(60)) and choice.folds == 5
     assert np.mean(choice.logits.argmax(axis=1) == photos.labels[choice.rows]) < 0.6
     photos = Examples(photos.features, np.where(photos.labels == 2, 2, 0))
-    added = choose_strength(zeros(2), photos, nothing(), 3)  # the row of a new class must not leak either
+    added = choose_prior_weight(zeros(2), photos, nothing(), 3)  # the row of a new class must not leak either
     assert np.mean(added.logits[photos.labels == 2].argmax(axis=1) == 2) < 0.6
 
 
@@ -104,16 +104,16 @@ def test_a_new_class_with_many_photos_leaves_the_old_ones_their_own() -> None:
         draw(where, evenly(9, 60), 5),
     )
     old = fit_head(zeros(8), memory, nothing(), 8, 0.01)
-    choice = choose_strength(old, fresh, memory, 9)
-    grown = fit_head(old, fresh, memory, 9, choice.strength).restrained(choice.restraint)
+    choice = choose_prior_weight(old, fresh, memory, 9)
+    grown = fit_head(old, fresh, memory, 9, choice.prior_weight).with_logit_offset(choice.logit_offset)
     known = test.labels < 8
-    kept, before = share(grown, test.at(known)), share(old, test.at(known))
+    kept, before = share(grown, test.select(known)), share(old, test.select(known))
     assert kept > before - 0.06
-    assert share(grown, test.at(~known)) > 0.5 * before
+    assert share(grown, test.select(~known)) > 0.5 * before
     assert (
-        choice.strength == DEFAULT_STRENGTH
+        choice.prior_weight == DEFAULT_PRIOR_WEIGHT
     )  # the memory would vote for the firmest: the head has learnt it
-    assert choice.restraint[8] > 0 and not choice.restraint[:8].any()
+    assert choice.logit_offset[8] > 0 and not choice.logit_offset[:8].any()
     held_out = choice.logits[choice.rows < 24]
     assert np.mean(held_out.argmax(axis=1) == 8) < 0.9  # these logits are restrained as well
 
@@ -121,8 +121,8 @@ def test_a_new_class_with_many_photos_leaves_the_old_ones_their_own() -> None:
 def test_photos_of_every_old_class_leave_a_new_one_without_restraint() -> None:
     where = centres(4)
     old = fit_head(zeros(3), draw(where, evenly(3, 20), 1), nothing(), 3, 0.1)
-    choice = choose_strength(old, draw(where, evenly(4, 8), 3), draw(where, evenly(3, 4), 2), 4)
-    assert not choice.restraint.any() and len(choice.rows) == 32
+    choice = choose_prior_weight(old, draw(where, evenly(4, 8), 3), draw(where, evenly(3, 4), 2), 4)
+    assert not choice.logit_offset.any() and len(choice.rows) == 32
 
 
 def test_every_class_counts_as_much_as_another() -> None:
@@ -131,7 +131,7 @@ def test_every_class_counts_as_much_as_another() -> None:
     often = np.concatenate(
         [np.flatnonzero(photos.labels < 2), np.repeat(np.flatnonzero(photos.labels == 2), 5)]
     )
-    once, repeated = (fit_head(zeros(3), one, nothing(), 3, 0.1) for one in (photos, photos.at(often)))
+    once, repeated = (fit_head(zeros(3), one, nothing(), 3, 0.1) for one in (photos, photos.select(often)))
     probed = draw(0.3 * centres(3), evenly(3, 20), 2).features
     answers = [one.logits(probed).argmax(axis=1) for one in (once, repeated)]
     assert np.mean(answers[0] == answers[1]) > 0.93
@@ -139,22 +139,22 @@ def test_every_class_counts_as_much_as_another() -> None:
     assert np.ptp(answered) < 0.2  # a class that counted five times would draw the others' probability
 
 
-@pytest.mark.parametrize("strength", [0.01, 1.0])
-def test_one_photo_makes_a_new_class(strength: float) -> None:
+@pytest.mark.parametrize("prior_weight", [0.01, 1.0])
+def test_one_photo_makes_a_new_class(prior_weight: float) -> None:
     where = centres(4)
     old = fit_head(zeros(3), draw(where, evenly(3, 20), 1), nothing(), 3, 0.1)
-    grown = fit_head(old, draw(where, np.array([3]), 3), draw(where, evenly(3, 4), 2), 4, strength)
+    grown = fit_head(old, draw(where, np.array([3]), 3), draw(where, evenly(3, 4), 2), 4, prior_weight)
     assert share(grown, draw(where, np.full(50, 3), 4, spread=0.3)) > 0.9
-    choice = choose_strength(old, draw(where, np.array([3]), 3), draw(where, evenly(3, 4), 2), 4)
+    choice = choose_prior_weight(old, draw(where, np.array([3]), 3), draw(where, evenly(3, 4), 2), 4)
     assert choice.folds == 12 and list(choice.rows) == list(range(1, 13))  # the memory alone can be held out
-    choice = choose_strength(old, draw(where, np.array([3]), 3), nothing(), 4)
-    assert (choice.strength, choice.folds, len(choice.rows)) == (DEFAULT_STRENGTH, 0, 0)
+    choice = choose_prior_weight(old, draw(where, np.array([3]), 3), nothing(), 4)
+    assert (choice.prior_weight, choice.folds, len(choice.rows)) == (DEFAULT_PRIOR_WEIGHT, 0, 0)
 
 
 def test_one_photo_of_each_known_class_is_left_out_in_turn() -> None:
     where = centres(3)
     head = fit_head(zeros(3), draw(where, evenly(3, 20), 1), nothing(), 3, 0.1)
-    choice = choose_strength(head, draw(where, np.arange(3), 2), nothing(), 3)
+    choice = choose_prior_weight(head, draw(where, np.arange(3), 2), nothing(), 3)
     assert choice.folds == 3 and list(choice.rows) == [0, 1, 2]
 
 
@@ -179,4 +179,4 @@ def test_the_same_photos_give_the_same_head_and_dead_features_do_no_harm() -> No
 def test_a_temperature_changes_no_answer() -> None:
     head = LinearHead(np.random.default_rng(3).normal(0, 1, (3, WIDTH)), np.array([0.1, 0.2, 0.3]))
     features = np.random.default_rng(4).normal(0, 1, (20, WIDTH))
-    assert np.allclose(head.divided(2.0).logits(features) * 2, head.logits(features))
+    assert np.allclose(head.with_temperature(2.0).logits(features) * 2, head.logits(features))

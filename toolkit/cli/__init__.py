@@ -23,6 +23,8 @@ COMMANDS = {
     "train": "Train a student on synthetic, then on real images (bridged transfer++).",
     "adapt": "Few photos in, a classifier bundle out: runs whatever is missing.",
     "export": "Write a trained student as a verified bundle.",
+    "update": "Refit a bundle to new photos, on the device.",
+    "rollback": "Go back to the version before an update.",
     "predict": "Classify images with a bundle.",
     "evaluate": "Measure a bundle's top-1 on a test folder.",
     "verify": "Check that a bundle is whole and computes what it should.",

@@ -17,7 +17,7 @@ from synthkit.cli import options
 def command(workspace: Path, bundle: Path | None, top: int, images: tuple[Path, ...]) -> options.Output:
     """Classify images with a bundle; torch is not needed.
 
-    Where a threshold was fitted (`synthkit adapt --bundle ... --coverage 0.9`), a less certain answer is
+    Where a threshold was fitted (`synthkit update ... --coverage 0.9`), a less certain answer is
     "unknown".
 
     \b

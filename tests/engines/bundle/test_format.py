@@ -55,7 +55,7 @@ def test_layout_is_the_stated_one(bundle: Path) -> None:
     assert (facts["schema"], facts["version"], facts["default_precision"]) == (2, 1, "fp32")
     assert facts["input"] == {"name": "image", "dtype": "uint8", "shape": ["batch", 32, 32, 3]}
     assert facts["output"] == {"name": "logits", "dtype": "float32", "shape": ["batch", 3]}
-    assert facts["lineage"] == {"trained_on": ["00"], "path": "last layer"}
+    assert facts["provenance"] == {"trained_on": ["00"], "path": "last layer"}
     precision = facts["precisions"]["fp32"]
     assert (precision["file"], precision["opset"], precision["exporter"]) == ("model.onnx", 17, "torchscript")
     assert set(precision["head"]) == {"input", "weight", "bias"}
@@ -297,7 +297,7 @@ def test_a_changed_bundle_can_be_sealed_again(bundle: Path) -> None:
         ("preprocess.json", "{}", "preprocess.json is not usable: KeyError('input_size')"),
         ("preprocess.json", "[1]", "preprocess.json is not usable"),
         ("golden.npz", "junk", "golden.npz holds no readable inputs and outputs for model.onnx"),
-        ("memory.npz", "junk", "memory.npz holds no readable features"),
+        ("replay_buffer.npz", "junk", "replay_buffer.npz holds no readable features"),
         ("confidence.json", "junk", "confidence.json holds no probabilities"),
         ("confidence.json", "[1, 2]", "confidence.json holds no probabilities"),
         ("confidence.json", '{"threshold": 7}', "confidence.json holds no probabilities"),
@@ -325,13 +325,13 @@ def test_a_sealed_file_that_cannot_be_read_is_named(
 def test_a_sealed_memory_of_another_bundle_is_named(bundle: Path, spoilt: dict[str, np.ndarray]) -> None:
     whole = {"labels": np.array([0, 1]), "sha256": np.array(["a", "b"])}
     whole["features_fp32"] = np.ones((2, 4), np.float16)
-    np.savez(bundle / "memory.npz", **whole)
+    np.savez(bundle / "replay_buffer.npz", **whole)
     seal(bundle, read_facts(bundle))
     assert verify(bundle) == []
-    np.savez(bundle / "memory.npz", **(whole | spoilt))
+    np.savez(bundle / "replay_buffer.npz", **(whole | spoilt))
     seal(bundle, read_facts(bundle))
     classes = len(CLASSES)
-    assert verify(bundle) == [f"memory.npz does not fit the bundle's {classes} classes and its models"]
+    assert verify(bundle) == [f"replay_buffer.npz does not fit the bundle's {classes} classes and its models"]
 
 
 def test_a_sealed_preprocessing_that_the_model_does_not_know_is_named(bundle: Path) -> None:

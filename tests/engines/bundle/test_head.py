@@ -69,7 +69,7 @@ def test_another_head_with_more_classes(folder: Path, precision: str) -> None:
     assert head.path.read_bytes() == before and len(head.weight_and_bias()[1]) == 3  # nothing in place
     texts = {prop.key: prop.value for prop in onnx.load_from_string(content).metadata_props}
     assert list(json.loads(texts["names"]).values()) == list(labels)
-    assert json.loads(texts["lineage"]) == {"trained_on": ["00"]} and texts["task"] == "classify"
+    assert json.loads(texts["provenance"]) == {"trained_on": ["00"]} and texts["task"] == "classify"
 
 
 def test_what_is_no_head_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def test_what_fails_while_being_written_leaves_nothing(folder: Path) -> None:
 
 
 def test_one_run_at_a_time(folder: Path) -> None:
-    with lock(folder), pytest.raises(WorkspaceError, match="another run is adapting"):
+    with lock(folder), pytest.raises(WorkspaceError, match="another run is updating"):
         write_next(folder)
     assert version_of(folder) == 1
 

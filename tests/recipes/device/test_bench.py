@@ -183,5 +183,5 @@ def test_openvino_gets_the_file_and_the_threads(bundle: Path, monkeypatch: pytes
 def test_openvino_is_named_where_it_is_missing(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_bundle.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(bench_bundle, "_answer", lambda *arguments: pytest.fail("nothing may run"))
-    with pytest.raises(MissingExtra, match=r"synthkit\[bench\]"):
+    with pytest.raises(MissingExtra, match=r"synthkit-edge\[bench\]"):
         bench_bundle.bench_bundle(Plan(str(bundle), openvino=True))

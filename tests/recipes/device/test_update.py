@@ -14,12 +14,19 @@ from synthkit.artifacts import list_outputs
 from synthkit.calibration.confidence import Target
 from synthkit.data.images import ImageSet
 from synthkit.engines.bundle.format import Bundle, read_facts, seal, verify
-from synthkit.engines.bundle.replay_buffer import MEMORY
+from synthkit.engines.bundle.head import fill_replay_buffer
+from synthkit.engines.bundle.replay_buffer import REPLAY_BUFFER
 from synthkit.engines.bundle.versions import previous_of
 from synthkit.errors import BundleError, DataError
-from synthkit.recipes.device import device_verdict
-from synthkit.recipes.device.device_write import remember
-from synthkit.recipes.device.update import ADAPTED, KEPT, UNCHANGED, WOULD_ADAPT, DeviceSettings, adapt_bundle
+from synthkit.recipes.device import update
+from synthkit.recipes.device.update import (
+    KEPT,
+    UNCHANGED,
+    UPDATED,
+    WOULD_UPDATE,
+    UpdateSettings,
+    update_bundle,
+)
 from tests.small_bundles import coloured_photos, facts_of, three_precisions
 from tests.tiny_students import CLASSES
 
@@ -41,7 +48,7 @@ def photos(
 
 
 def run(folder: Path, shown: ImageSet, test: ImageSet | None = None, **settings: Any) -> dict[str, Any]:
-    return adapt_bundle(folder, shown, test, DeviceSettings(**settings))
+    return update_bundle(folder, shown, test, UpdateSettings(**settings)).to_json()
 
 
 def share(folder: Path, test: ImageSet, precision: str | None = None) -> float:
@@ -54,7 +61,7 @@ def test_it_learns_the_photos_in_every_precision(folder: Path, tmp_path: Path) -
     test = photos(tmp_path / "test", each=10, seed=1)
     before = share(folder, test)
     found = run(folder, photos(tmp_path / "new"), test)
-    assert found["outcome"] == ADAPTED and found["version"] == 2
+    assert found["outcome"] == UPDATED and found["version"] == 2
     assert found["top1_before"] == pytest.approx(before) and before < 0.7 < 0.9 < found["top1"]
     for precision in ("fp32", "fp16", "int8"):
         assert found["precisions"][precision] == pytest.approx(share(folder, test, precision))
@@ -74,10 +81,10 @@ def test_the_next_version_states_what_it_is(folder: Path, tmp_path: Path) -> Non
     found = run(folder, shown)
     assert verify(folder) == []
     facts = facts_of(folder)
-    assert facts["version"] == 2 and facts["lineage"]["adapted"][0]["from_version"] == 1
-    assert set(facts["lineage"]["trained_on"]) == {"00", *(item.sha256 for item in shown.items)}
-    assert facts["lineage"]["path"] == "last layer"  # what was known before stays
-    assert set(facts["files"]) == {*before["files"], "memory.npz"}
+    assert facts["version"] == 2 and facts["provenance"]["updates"][0]["from_version"] == 1
+    assert set(facts["provenance"]["trained_on"]) == {"00", *(item.sha256 for item in shown.items)}
+    assert facts["provenance"]["path"] == "last layer"  # what was known before stays
+    assert set(facts["files"]) == {*before["files"], "replay_buffer.npz"}
     for name, entry in facts["precisions"].items():
         assert entry["parity"]["max_abs_error"] <= entry["parity"]["tolerance"], name
         assert entry["head"] == before["precisions"][name]["head"]
@@ -85,7 +92,7 @@ def test_the_next_version_states_what_it_is(folder: Path, tmp_path: Path) -> Non
     assert accuracy["top1"] == found["held_out"]["after"] and "cross-validation" in accuracy["how"]
     assert facts["precisions"]["int8"]["accuracy"] is None  # the old figure was of the old head
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    assert manifest["stage"] == "adapt-bundle" and manifest["outputs"] == list_outputs(folder)
+    assert manifest["stage"] == "update" and manifest["outputs"] == list_outputs(folder)
 
 
 def test_the_same_photos_under_other_names_give_the_same_bundle(
@@ -97,7 +104,7 @@ def test_the_same_photos_under_other_names_give_the_same_bundle(
     second = shutil.copytree(made, tmp_path / "second" / "bundle")
     run(folder, shown)
     run(second, ImageSet.scan(tmp_path / "other"))
-    for file in ("model.onnx", "model.fp16.onnx", "model.int8.onnx", "golden.npz", "memory.npz"):
+    for file in ("model.onnx", "model.fp16.onnx", "model.int8.onnx", "golden.npz", "replay_buffer.npz"):
         assert (folder / file).read_bytes() == (second / file).read_bytes(), file
 
 
@@ -107,14 +114,14 @@ def test_a_run_that_was_done_is_not_done_again(folder: Path, tmp_path: Path) -> 
     state = list_outputs(folder)
     assert run(folder, shown)["outcome"] == UNCHANGED and list_outputs(folder) == state
     found = run(folder, shown, force=True)
-    assert (found["outcome"], found["version"]) == (ADAPTED, 3)
+    assert (found["outcome"], found["version"]) == (UPDATED, 3)
     assert found["held_out"]["photos"] == 0  # every photo was trained on by now: nothing is verified
 
 
 def test_a_dry_run_judges_and_writes_nothing(folder: Path, tmp_path: Path) -> None:
     state = sorted(folder.parent.rglob("*"))
     found = run(folder, photos(tmp_path / "new"), photos(tmp_path / "test", seed=1), dry_run=True)
-    assert found["outcome"] == WOULD_ADAPT and found["version"] == 1 and found["top1"] > found["top1_before"]
+    assert found["outcome"] == WOULD_UPDATE and found["version"] == 1 and found["top1"] > found["top1_before"]
     assert sorted(folder.parent.rglob("*")) == state and facts_of(folder)["version"] == 1
 
 
@@ -122,17 +129,17 @@ def test_a_head_that_does_worse_stays_out(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def worse(*arguments: Any) -> Any:
-        choice = device_verdict.__dict__["original"](*arguments)
+        choice = update.__dict__["original"](*arguments)
         return replace(choice, logits=-choice.logits)
 
-    monkeypatch.setattr(device_verdict, "original", device_verdict.choose_strength, raising=False)
-    monkeypatch.setattr(device_verdict, "choose_strength", worse)
+    monkeypatch.setattr(update, "original", update.choose_prior_weight, raising=False)
+    monkeypatch.setattr(update, "choose_prior_weight", worse)
     state = list_outputs(folder)
     found = run(folder, photos(tmp_path / "new"))
     assert found["outcome"] == KEPT and found["held_out"]["after"] < found["held_out"]["before"]
     assert list_outputs(folder) == state and not previous_of(folder).exists()
     forced = run(folder, photos(tmp_path / "new2"), force=True)
-    assert forced["outcome"] == ADAPTED and forced["held_out"]["after"] < forced["held_out"]["before"]
+    assert forced["outcome"] == UPDATED and forced["held_out"]["after"] < forced["held_out"]["before"]
 
 
 def test_a_new_class_grows_the_bundle_and_the_old_ones_stay(folder: Path, tmp_path: Path) -> None:
@@ -150,7 +157,7 @@ def test_a_new_class_grows_the_bundle_and_the_old_ones_stay(folder: Path, tmp_pa
         assert share(folder, old, precision) > before - 0.05
     # and a second one from a single photo, which leaves nothing to hold out
     found = run(folder, photos(tmp_path / "one", ("other",), 1, 5), new_classes=("other",))
-    assert found["outcome"] == ADAPTED and found["held_out"]["before"] is None
+    assert found["outcome"] == UPDATED and found["held_out"]["before"] is None
     assert Bundle.open(folder).labels[-1] == "other" and share(folder, old) > before - 0.15
 
 
@@ -158,12 +165,12 @@ def test_every_precision_restrains_a_new_class(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def restrained(*arguments: Any) -> Any:
-        choice = device_verdict.__dict__["original"](*arguments)
-        return replace(choice, restraint=np.array([0, 0, 0, 1e3]))
+        choice = update.__dict__["original"](*arguments)
+        return replace(choice, logit_offset=np.array([0, 0, 0, 1e3]))
 
     run(folder, photos(tmp_path / "first"))
-    monkeypatch.setattr(device_verdict, "original", device_verdict.choose_strength, raising=False)
-    monkeypatch.setattr(device_verdict, "choose_strength", restrained)
+    monkeypatch.setattr(update, "original", update.choose_prior_weight, raising=False)
+    monkeypatch.setattr(update, "choose_prior_weight", restrained)
     run(folder, photos(tmp_path / "more", ("new",), 3, 3), new_classes=("new",), force=True)
     new = photos(tmp_path / "t2", ("new",), 10, 2)
     assert [share(folder, new, precision) for precision in ("fp32", "fp16", "int8")] == [0, 0, 0]
@@ -171,29 +178,29 @@ def test_every_precision_restrains_a_new_class(
 
 def test_without_any_old_example_a_new_class_needs_force(folder: Path, tmp_path: Path) -> None:
     shown = photos(tmp_path / "more", ("new",), 3, 3)
-    with pytest.raises(DataError, match=r"neither .*more nor the bundle's memory shows an old class"):
+    with pytest.raises(DataError, match=r"neither .*more nor the bundle's replay buffer shows an old class"):
         run(folder, shown, new_classes=("new",))
-    assert run(folder, shown, new_classes=("new",), force=True)["outcome"] == ADAPTED
+    assert run(folder, shown, new_classes=("new",), force=True)["outcome"] == UPDATED
     assert Bundle.open(folder).labels == (*CLASSES, "new")
 
 
 def test_a_bundle_that_remembers_from_the_start_learns_a_new_class_alone(made: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(made, tmp_path / "site" / "bundle")
     first = photos(tmp_path / "first", each=20)
-    remember(folder, first.with_classes(Bundle.open(folder).labels))
+    fill_replay_buffer(folder, first.with_classes(Bundle.open(folder).labels))
     assert verify(folder) == []
-    with np.load(folder / "memory.npz") as memory:
+    with np.load(folder / "replay_buffer.npz") as memory:
         assert np.bincount(memory["labels"]).tolist() == [16, 16, 16]
         assert memory["features_int8"].shape == memory["features_fp32"].shape
     found = run(folder, photos(tmp_path / "more", ("new",), 3, 3), new_classes=("new",))
-    assert found["outcome"] == ADAPTED and found["remembered"]["photos"] == 48
+    assert found["outcome"] == UPDATED and found["replayed"]["photos"] == 48
 
 
 def test_a_memory_of_other_features_is_refused(folder: Path, tmp_path: Path) -> None:
-    remember(folder, photos(tmp_path / "first").with_classes(Bundle.open(folder).labels))
-    with np.load(folder / MEMORY) as stored:
+    fill_replay_buffer(folder, photos(tmp_path / "first").with_classes(Bundle.open(folder).labels))
+    with np.load(folder / REPLAY_BUFFER) as stored:
         cut = {name: rows[:, :3] if name == "features_int8" else rows for name, rows in stored.items()}
-    np.savez(folder / MEMORY, **cut)
+    np.savez(folder / REPLAY_BUFFER, **cut)
     seal(folder, read_facts(folder))
     with pytest.raises(BundleError, match=r"holds 3 features a photo for int8, its model's head takes \d+;"):
         run(folder, photos(tmp_path / "new"))
@@ -233,22 +240,22 @@ def test_missing_classes_are_kept(folder: Path, tmp_path: Path) -> None:
 
 def test_one_photo_per_class(folder: Path, tmp_path: Path) -> None:
     found = run(folder, photos(tmp_path / "one", each=1))
-    assert found["held_out"]["folds"] == 3 and found["outcome"] in (ADAPTED, KEPT)
+    assert found["held_out"]["folds"] == 3 and found["outcome"] in (UPDATED, KEPT)
     assert verify(folder) == []
 
 
 def test_thresholds_are_written_kept_and_used(folder: Path, tmp_path: Path) -> None:
     shown = photos(tmp_path / "new", each=8, noisy=110)
-    run(folder, shown, target=Target(coverage=0.5, miss=0.2))
+    run(folder, shown, target=Target(coverage=0.5, alpha=0.2))
     stated = facts_of(folder)["confidence"]
     assert stated["coverage"] == pytest.approx(0.5, abs=0.1) and stated["target"] == {
         "coverage": 0.5,
-        "miss": 0.2,
+        "alpha": 0.2,
     }
     limits = standalone.read_confidence(folder)
-    assert limits == {"threshold": stated["threshold"], "set_minimum": stated["set_minimum"]}
+    assert limits == {"threshold": stated["threshold"], "conformal_threshold": stated["conformal_threshold"]}
     run(folder, photos(tmp_path / "again", each=5, seed=3, noisy=110))  # nothing asked for: as before
-    assert facts_of(folder)["confidence"]["target"] == {"coverage": 0.5, "miss": 0.2}
+    assert facts_of(folder)["confidence"]["target"] == {"coverage": 0.5, "alpha": 0.2}
     before = standalone.read_confidence(folder)
     run(folder, photos(tmp_path / "few", each=1, seed=4))  # too few to fit anything: the limits stay
     assert standalone.read_confidence(folder) == before and verify(folder) == []

@@ -99,7 +99,7 @@ def test_evaluate_measures_unknown_answers_and_sets(workspace: Path, tmp_path: P
     found: Any = answer(own, "predict", "--top", 3, *paths)["predictions"]
     threshold = sorted(one["score"] for one in found)[10]
     minimum = 0.2
-    with_limits(own / "bundle", threshold=threshold, set_minimum=minimum)
+    with_limits(own / "bundle", threshold=threshold, conformal_threshold=minimum)
     found = answer(own, "predict", "--top", 3, *paths)["predictions"]
     measured: Any = answer(own, "evaluate", "--test-dir", test)
     truth = [Path(one["path"]).parent.name for one in found]

@@ -1,4 +1,4 @@
-"""`adapt --bundle` as it is used: what it prints, refuses and survives, and that torch stays out."""
+"""`synthkit update` and `rollback` as they are used: what they print, refuse and survive, without torch."""
 
 import json
 import os
@@ -54,33 +54,28 @@ def refusal(*arguments: str | Path) -> str:
     return result.stderr
 
 
-def test_adapt_and_roll_back(made: Path, bundle: Path) -> None:
-    result = call("adapt", "--bundle", bundle, "--real-dir", made / "photos", "--test-dir", made / "test")
+def test_update_and_roll_back(made: Path, bundle: Path) -> None:
+    result = call("update", bundle, "--real-dir", made / "photos", "--test-dir", made / "test")
     assert result.exit_code == 0, result.output
     assert "held-out photos: " in result.stdout and " of 15 right" in result.stdout
     assert "test images: " in result.stdout and f"{bundle}: now version 2" in result.stdout
     assert call("verify", "--bundle", bundle).exit_code == 0
-    again = answer("adapt", "--bundle", bundle, "--real-dir", made / "photos", "--test-dir", made / "test")
+    again = answer("update", bundle, "--real-dir", made / "photos", "--test-dir", made / "test")
     assert again["outcome"] == "unchanged" and again["version"] == 2
-    back = answer("adapt", "--bundle", bundle, "--rollback")
+    back = answer("rollback", bundle)
     assert (back["from_version"], back["version"]) == (2, 1)
     assert list_outputs(bundle) == list_outputs(made / "bundle")
-    assert (
-        facts_of(bundle)["version"] == 1
-        and "from version 1 to 2" in call("adapt", "--bundle", bundle, "--rollback").stdout
-    )
+    assert facts_of(bundle)["version"] == 1 and "from version 1 to 2" in call("rollback", bundle).stdout
 
 
 def test_the_json_has_the_keys_of_the_contract(made: Path, bundle: Path) -> None:
-    found = answer("adapt", "--bundle", bundle, "--real-dir", made / "photos", "--test-dir", made / "test")
+    found = answer("update", bundle, "--real-dir", made / "photos", "--test-dir", made / "test")
     assert {"outcome", "version", "top1", "n_test", "per_class", "seconds", "held_out"} <= set(found)
-    assert found["n_test"] == 12 and 0 <= found["top1"] <= 1 and found["outcome"] == "adapted"  # type: ignore[operator]
+    assert found["n_test"] == 12 and 0 <= found["top1"] <= 1 and found["outcome"] == "updated"  # type: ignore[operator]
 
 
 def test_uncertain_answers_are_unknown_everywhere(made: Path, bundle: Path, tmp_path: Path) -> None:
-    text = call(
-        "adapt", "--bundle", bundle, "--real-dir", made / "photos", "--coverage", "0.4", "--max-miss", "0.2"
-    ).stdout
+    text = call("update", bundle, "--real-dir", made / "photos", "--coverage", "0.4", "--alpha", "0.2").stdout
     assert 'the answer is "unknown"' in text and "sets of " in text
     paths = sorted((made / "test").rglob("*.png"))
     found = answer("predict", "--bundle", bundle, "--top", "1", *paths)["predictions"]
@@ -100,9 +95,9 @@ def test_uncertain_answers_are_unknown_everywhere(made: Path, bundle: Path, tmp_
 
 def test_a_new_class_by_name(made: Path, bundle: Path, tmp_path: Path) -> None:
     shown = coloured_photos(tmp_path / "more", ["new", *CLASSES], 3, seed=4)
-    line = refusal("adapt", "--bundle", bundle, "--real-dir", shown)
+    line = refusal("update", bundle, "--real-dir", shown)
     assert "'new'" in line and "--new-class 'new'" in line
-    text = call("adapt", "--bundle", bundle, "--real-dir", shown, "--new-class", "new").stdout
+    text = call("update", bundle, "--real-dir", shown, "--new-class", "new").stdout
     assert "of the old classes among them: " in text and "now version 2" in text
     assert (bundle / "labels.txt").read_text(encoding="utf-8").endswith("new\n")
 
@@ -110,30 +105,37 @@ def test_a_new_class_by_name(made: Path, bundle: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (
-            ["--bundle", "b", "--real-dir", "r", "--epochs", "3", "--no-synth"],
-            "--epochs, --no-synth: --bundle",
-        ),
-        (["--bundle", "b", "--real-dir", "r", "--config", "x.toml"], "--config: --bundle refits"),
-        (["--real-dir", "r", "--coverage", "0.9"], "--coverage: these need --bundle"),
-        (["--rollback"], "--rollback: these need --bundle"),
-        (
-            ["--bundle", "b", "--rollback", "--real-dir", "r", "--force"],
-            "--force, --real-dir: --rollback takes",
-        ),
-        (["--bundle", "b", "--real-dir", "r", "--coverage", "0.9", "--max-error", "0.1"], "give one of them"),
-        (["--bundle", "b", "--real-dir", "r", "--max-miss", "2"], "must lie between 0 and 1"),
-        (["--bundle", "b", "--real-dir", "r"], "no folder r"),
-        (["--bundle", "b", "--rollback"], "no bundle b"),
+        (["update", "b", "--real-dir", "r", "--coverage", "0.9", "--max-error", "0.1"], "give one of them"),
+        (["update", "b", "--real-dir", "r", "--alpha", "2"], "alpha 2.0 must lie between 0 and 1"),
+        (["update", "b", "--real-dir", "r"], "no folder r"),
+        (["rollback", "b"], "no bundle b"),
     ],
 )
 def test_contradictions_are_one_line(arguments: list[str], text: str) -> None:
-    assert text in refusal("adapt", *arguments)
+    assert text in refusal(*arguments)
 
 
-def test_without_photos_it_is_wrong_usage(bundle: Path) -> None:
-    assert call("adapt", "--bundle", bundle).exit_code == 2
-    assert call("adapt").exit_code == 2
+@pytest.mark.parametrize("value", ["0", "0.0", "-0", "1", "-0.1", "nan"])
+@pytest.mark.parametrize(
+    ("flag", "name"), [("--coverage", "coverage"), ("--max-error", "error"), ("--alpha", "alpha")]
+)
+def test_a_zero_is_a_value_that_was_given(made: Path, bundle: Path, flag: str, name: str, value: str) -> None:
+    state = list_outputs(bundle)
+    line = refusal("update", bundle, "--real-dir", made / "photos", flag, value)
+    assert f"{name} {float(value)} must lie between 0 and 1" in line
+    assert list_outputs(bundle) == state
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["update"], ["update", "b"], ["update", "b", "--real-dir"], ["rollback"], ["rollback", "b", "c"],
+        ["rollback", "b", "--force"], ["update", "b", "--real-dir", "r", "--epochs", "3"],
+        ["adapt", "--real-dir", "r", "--coverage", "0"], ["adapt", "--bundle", "b", "--real-dir", "r"],
+    ],
+)  # fmt: skip
+def test_wrong_usage_ends_with_two(arguments: list[str]) -> None:
+    assert call(*arguments).exit_code == 2
 
 
 def test_bad_input_leaves_the_bundle_alone(made: Path, bundle: Path, tmp_path: Path) -> None:
@@ -141,16 +143,16 @@ def test_bad_input_leaves_the_bundle_alone(made: Path, bundle: Path, tmp_path: P
     bad = shutil.copytree(made / "photos", tmp_path / "bad")
     (bad / "Ω" / "text.jpg").write_text("x")
     (bad / "a dog" / "empty.png").touch()
-    line = refusal("adapt", "--bundle", bundle, "--real-dir", bad)
+    line = refusal("update", bundle, "--real-dir", bad)
     assert "text.jpg (not an image)" in line and "empty.png (empty file)" in line
     assert "shares 15 image(s)" in refusal(
-        "adapt", "--bundle", bundle, "--real-dir", made / "photos", "--test-dir", made / "photos"
+        "update", bundle, "--real-dir", made / "photos", "--test-dir", made / "photos"
     )
-    assert "no bundle" in refusal("adapt", "--bundle", made / "photos", "--real-dir", made / "photos")
+    assert "no bundle" in refusal("update", made / "photos", "--real-dir", made / "photos")
     assert list_outputs(bundle) == state and not bundle.with_name("bundle.previous").exists()
-    assert call("adapt", "--bundle", bundle, "--real-dir", bad, "--skip-bad").exit_code == 0
+    assert call("update", bundle, "--real-dir", bad, "--skip-bad").exit_code == 0
     (bundle / "model.int8.onnx").write_bytes(b"x")
-    line = refusal("adapt", "--bundle", bundle, "--real-dir", made / "photos")
+    line = refusal("update", bundle, "--real-dir", made / "photos")
     assert "model.int8.onnx was altered" in line
 
 
@@ -158,8 +160,8 @@ WITHOUT_TORCH = program("torch", "timm", "sklearn", "torchvision", "transformers
 
 
 def test_torch_is_never_imported(made: Path, bundle: Path) -> None:
-    arguments = ["adapt", "--bundle", bundle, "--real-dir", made / "photos", "--test-dir", made / "test"]
-    for words in (arguments, ["adapt", "--bundle", bundle, "--rollback"]):
+    arguments = ["update", bundle, "--real-dir", made / "photos", "--test-dir", made / "test"]
+    for words in (arguments, ["rollback", bundle]):
         done = subprocess.run(
             [sys.executable, "-W", "error", "-c", WITHOUT_TORCH, *words],
             capture_output=True, text=True, check=False, env=ENVIRONMENT,
@@ -171,7 +173,7 @@ def test_torch_is_never_imported(made: Path, bundle: Path) -> None:
 
 @pytest.mark.parametrize("wait_for", ["model.onnx", "bundle.json"])
 def test_killed_in_the_middle_of_writing(made: Path, bundle: Path, wait_for: str) -> None:
-    words = ["adapt", "--bundle", str(bundle), "--real-dir", str(made / "photos"), "--json"]
+    words = ["update", str(bundle), "--real-dir", str(made / "photos"), "--json"]
     run = subprocess.Popen(
         [sys.executable, "-m", "synthkit", *words],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT,
@@ -184,5 +186,5 @@ def test_killed_in_the_middle_of_writing(made: Path, bundle: Path, wait_for: str
     assert run.wait() in (-signal.SIGKILL, 0)
     assert verify(bundle) == []
     assert facts_of(bundle)["version"] in (1, 2)
-    assert answer(*words)["outcome"] in ("adapted", "unchanged")
+    assert answer(*words)["outcome"] in ("updated", "unchanged")
     assert verify(bundle) == [] and not sign.parent.exists()
