@@ -317,7 +317,7 @@ def paired(cells: Cells) -> list[dict[str, Any]]:
     Splits that have not been measured with every student are left out.
 
     Returns:
-        Rows with `method`, `shots`, `against`, the fields of the paired t-test, and `p_holm`, its p-value
+        Rows with `method`, `shots`, `baseline`, the fields of the paired t-test, and `p_holm`, its p-value
         corrected for all tests of the table.
     """
     students, first = len(_groups(cells, "student")), FIXED[0]
@@ -330,7 +330,7 @@ def paired(cells: Cells) -> list[dict[str, Any]]:
             ours, theirs = (
                 np.array([_top1(split, name).mean() for split in splits]) for name in (method, first)
             )
-            about = {"method": method, "shots": of_shots[0]["shots"], "against": first}
+            about = {"method": method, "shots": of_shots[0]["shots"], "baseline": first}
             found.append({**about, **paired_test(ours, theirs)})
     corrected = holm([row["p_value"] for row in found])
     return [{**row, "p_holm": p} for row, p in zip(found, corrected, strict=True)]
