@@ -40,7 +40,8 @@ def parts(folders: Path) -> tuple[Any, ...]:
 
 
 def test_the_command_times_every_way(folders: Path) -> None:
-    words = "--student test_resnet --size 32 --classes 2 --shots 2 --steps 3 --views 2 --runs 2 --no-whole".split()
+    words = "--student test_resnet --size 32 --classes 2 --shots 2 --no-whole".split()
+    words += "--steps 3 --views 2 --runs 2".split()
     for name, folder in (("--real-dir", "pool"), ("--test-dir", "test"), ("--weights", "weights")):
         words += [name, str(folders / folder)]
     result = CliRunner().invoke(main, [*words, "--out", str(folders / "out.json")], catch_exceptions=False)
