@@ -28,14 +28,14 @@ def answer(target: str, arguments: list[str]) -> Any:
 
 
 def list_providers() -> list[str]:
-    """The execution providers that the installed onnxruntime says it has."""
+    """The execution providers that the installed onnxruntime lists."""
     import onnxruntime
 
     return list(onnxruntime.get_available_providers())
 
 
 def open_provider(provider: str) -> bool:
-    """Whether a session on the provider opens, keeps the provider and computes.
+    """True if a session on the provider opens, keeps the provider and computes.
 
     Args:
         provider: name as onnxruntime lists it.
@@ -66,16 +66,6 @@ def torchvision_operators() -> str:
     import torchvision.ops
 
     return str(torchvision.__version__)
-
-
-def hub_answers() -> str:
-    """The address of a model hub that answers."""
-    import urllib.request
-
-    from huggingface_hub.constants import ENDPOINT
-
-    with urllib.request.urlopen(urllib.request.Request(ENDPOINT, method="HEAD"), timeout=15):
-        return str(ENDPOINT)
 
 
 if __name__ == "__main__":
