@@ -191,7 +191,7 @@ def _filters(folder: Path, manifest: Manifest | None) -> dict[str, Any] | None:
         return None
     return {
         "rejected": manifest.metrics["rejected"],
-        "given_up": manifest.metrics.get("given_up", 0),
+        "dropped": manifest.metrics.get("dropped", 0),
         "thresholds": manifest.metrics["filters"].get("thresholds", {}),
         "per_class": manifest.metrics.get("per_class", {}),
         "grids": [

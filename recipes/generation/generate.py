@@ -1,40 +1,38 @@
 """`generate`: synthetic images of every class through the engines, in the learned style where there is one.
 
-    classes, style, photos ──set_plan──► planned images ──drawing or ray_workers──► images ──filters──┐
-                                  ▲                                                                   │
-                                  └──────────── next attempts at what they reject ◄──────────rounds───┘
-    what is kept ──► metadata.jsonl, totals
+    classes, style, photos ──plan──► planned images ──sampler or ray_sampler──► images ──filters──┐
+                              ▲                                                                   │
+                              └─────────── resamples of what they reject ◄────────rejections──────┘
+    images that are kept ──► metadata.jsonl, totals
 
-An image depends on its own seed and choices alone, and is written atomically. A killed run therefore goes on
-with what is missing, and ends with the same files.
+An image depends on its own seed and choices alone, and is written atomically. A killed run therefore
+continues with what is missing and ends with the same files; a set of more images keeps those of a smaller.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from synthkit.artifacts import Key, file_sha256, fingerprint, read_manifest, same_key, write_bytes
+from synthkit.artifacts import Key, fingerprint, read_manifest
 from synthkit.calibration.filters.filters import Filters, chosen_filters, filter_inputs, fit_filters
 from synthkit.data.images import ImageSet
 from synthkit.diffusion import style_token as style_files
 from synthkit.engines.diffusion.engines_folder import check_same_model, existing_engines
 from synthkit.models.generator import prompt_synonyms, resolve_model
-from synthkit.recipes.generation.plan import Planned, make_plan
-from synthkit.recipes.generation.ray_sampler import draw_with_ray
-from synthkit.recipes.generation.rejections import REJECTED, Rounds, rejected_grids
-from synthkit.recipes.generation.sampler import Job, draw_images
+from synthkit.recipes.generation.metadata import FinishedSet, SetSource, write_metadata
+from synthkit.recipes.generation.plan import PlannedImage, make_plan
+from synthkit.recipes.generation.ray_sampler import generate_with_ray
+from synthkit.recipes.generation.rejections import REJECTED, ClassTotals, RejectionLog, rejected_grids
+from synthkit.recipes.generation.sampler import SamplingJob, generate_images
 from synthkit.recipes.settings import FilterSettings, GenerateSettings
 
 log = logging.getLogger(__name__)
-
-METADATA = "metadata.jsonl"
 
 # Stands for a token that is not learned yet, where only the form of prompts is looked at.
 PLACEHOLDER = "<style>"
@@ -42,10 +40,10 @@ PLACEHOLDER = "<style>"
 
 @dataclass(frozen=True)
 class Generate:
-    """The stage `generate`; an interrupted set is gone on with.
+    """The stage `generate`; an interrupted set is continued.
 
-    A finished set that lost files, or whose files were changed, gets just these again; with filters, whose
-    results are on whole sets, it is drawn anew.
+    Images of a finished set that would come out with the same bytes are kept: of a set that lost files or
+    whose files were changed, and of one with another number of images or other filters.
 
     Attributes:
         settings: of the stage.
@@ -127,27 +125,92 @@ class Generate:
         return bool(chosen_filters(self.filters))
 
     def run(self, work: Path, previous: Path | None) -> dict[str, Any]:
-        """Draw what is missing, and again what the filters reject.
+        """Generate what is missing, and resample what the filters reject.
 
         Returns:
-            `written`, `skipped`, `rejected`, `given_up`, `images_per_second` and `per_class`.
+            `written`, `skipped`, `rejected`, `dropped`, `images_per_second` and `per_class`.
 
         Raises:
-            EngineError: the engines cannot be used or draw NaN, or the Ray cluster fails.
+            EngineError: the engines cannot be used or produce NaN, or the Ray cluster fails.
             ModelError: the style belongs to another model, or a prompt is too long.
         """
         _clear_torn(work)
         plan = make_plan(self.settings, self.words, _shares(self.style), self.photos)
         job = _job(self.settings, self.engines_dir, self.style, blank=self._filtered)
-        rounds = Rounds(work, plan, self.filters.retries)
-        if previous and not self._filtered:
-            _take_over(self, previous, work, rounds.images)
-        asked = (self.filters, self.photos, self.test, plan.words)
-        filters = fit_filters(*asked) if self._filtered else None
-        drawn = _draw_rounds(rounds, filters, work, lambda images: _draw(self.settings, job, images, work))
-        _write_metadata(work, rounds.images, job, self.key())
+        source = self._source()
+        finished = FinishedSet.open(previous, self) if previous else None
+        rejections = RejectionLog(work, plan, self.filters.retries)
+        filters = fit_filters(self.filters, self.photos, self.test, plan.words) if self._filtered else None
+
+        def take_over(images: Sequence[PlannedImage]) -> None:
+            if finished:
+                finished.take_over(images, source, work)
+
+        def generate(images: Sequence[PlannedImage]) -> float:
+            return _generate(self.settings, job, images, work)
+
+        written, skipped, seconds = _generate_rounds(rejections, filters, work, take_over, generate)
+        write_metadata(work, rejections.images, source)
         rejected_grids(work)
-        return drawn | _totals(rounds, filters, work)
+        per_class = rejections.totals()
+        _warn_of_empty(per_class)
+        kept = [(work / image.file_name, image.name) for image in rejections.images]
+        return SetTotals(
+            written=written,
+            skipped=skipped,
+            images_per_second=round(written / seconds, 3) if seconds else 0.0,
+            rejected=len(rejections.rejections),
+            per_class=per_class,
+            filters={**filters.describe(), "near_photos": filters.near_photos(kept)} if filters else None,
+        ).to_json()
+
+    def _source(self) -> SetSource:
+        inputs = self.key().inputs
+        return SetSource(
+            _model(self.engines_dir),
+            inputs["engines"],
+            inputs["style"],
+            self.settings.negative,
+            self.settings.strength,
+        )
+
+
+@dataclass(frozen=True)
+class SetTotals:
+    """The figures of a run of `generate`.
+
+    Attributes:
+        written: images generated in this run, rejected ones included.
+        skipped: images that were there, or were taken over from an earlier set.
+        images_per_second: of this run; 0 where nothing was generated.
+        rejected: samples that filters rejected.
+        per_class: class name -> images kept, resampled and dropped.
+        filters: thresholds and their sources, as JSON data; None without filters.
+    """
+
+    written: int
+    skipped: int
+    images_per_second: float
+    rejected: int
+    per_class: Mapping[str, ClassTotals]
+    filters: Mapping[str, Any] | None = None
+
+    @property
+    def dropped(self) -> int:
+        """Images that were rejected at every resample."""
+        return sum(sum(totals.dropped.values()) for totals in self.per_class.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON data; without the key `filters` where there are none."""
+        return {
+            "written": self.written,
+            "skipped": self.skipped,
+            "images_per_second": self.images_per_second,
+            "rejected": self.rejected,
+            "dropped": self.dropped,
+            "per_class": {name: totals.to_json() for name, totals in self.per_class.items()},
+            **({"filters": dict(self.filters)} if self.filters else {}),
+        }
 
 
 def style_digest(style: Path | None) -> str:
@@ -171,8 +234,8 @@ def _shares(style: Path | None) -> list[tuple[str, float]]:
     return list(zip(names, style_files.shares(style), strict=True))
 
 
-def _job(settings: GenerateSettings, engines_dir: Path, style: Path | None, blank: bool) -> Job:
-    return Job(
+def _job(settings: GenerateSettings, engines_dir: Path, style: Path | None, blank: bool) -> SamplingJob:
+    return SamplingJob(
         engines_dir,
         style_files.load_all(style) if style else (),
         settings.negative,
@@ -189,91 +252,57 @@ def _clear_torn(work: Path) -> None:
         path.unlink()
 
 
-def _take_over(stage: Generate, previous: Path, work: Path, images: Sequence[Planned]) -> None:
-    """Bring over what is whole of a finished set of the same key, which lacks something or was changed."""
-    manifest = read_manifest(previous)
-    if manifest is None or not same_key(stage, manifest):
-        return
-    for image in images:
-        old, new = previous / image.file_name, work / image.file_name
-        entry = manifest.outputs.get(image.file_name, {})
-        if old.is_file() and not new.exists() and file_sha256(old) == entry.get("sha256"):
-            new.parent.mkdir(exist_ok=True)
-            new.hardlink_to(old)
+def _generate_rounds(
+    rejections: RejectionLog,
+    filters: Filters | None,
+    work: Path,
+    take_over: Callable[[Sequence[PlannedImage]], None],
+    generate: Callable[[Sequence[PlannedImage]], float],
+) -> tuple[int, int, float]:
+    """Generate what is missing, and resample what filters reject, until they reject nothing more.
 
+    Args:
+        rejections: the images, and the log of rejections.
+        filters: the fitted filters, or None.
+        work: folder of the set.
+        take_over: brings images of an earlier set.
+        generate: writes images; returns the seconds it took.
 
-def _draw_rounds(
-    rounds: Rounds, filters: Filters | None, work: Path, draw: Callable[[Sequence[Planned]], float]
-) -> dict[str, Any]:
-    """Draw what is missing, and again what filters reject, until they reject nothing more."""
-    written, seconds = 0, 0.0
-    skipped = sum((work / image.file_name).exists() for image in rounds.images)
+    Returns:
+        Images written, images that were there or were taken over, seconds of generation.
+    """
+    written, skipped, seconds = 0, 0, 0.0
+    todo = images = rejections.images
     while True:
-        images = rounds.images
-        missing = [image for image in images if not (work / image.file_name).exists()]
-        seconds += draw(missing) if missing else 0.0
+        take_over(todo)
+        missing = [image for image in todo if not (work / image.file_name).exists()]
+        seconds += generate(missing) if missing else 0.0
         written += len(missing)
-        judged = filters.judge([(work / image.file_name, image.name) for image in images]) if filters else []
-        bad = [(image, reason) for image, reason in zip(images, judged, strict=False) if reason]
+        skipped += len(todo) - len(missing)
+        reasons = filters.judge([(work / image.file_name, image.name) for image in images]) if filters else []
+        bad = [(image, reason) for image, reason in zip(images, reasons, strict=False) if reason]
         if not bad:
-            break
-        rounds.reject([image for image, _ in bad], [reason for _, reason in bad])
-    rate = round(written / seconds, 3) if seconds else 0.0
-    return {"written": written, "skipped": skipped, "images_per_second": rate}
+            return written, skipped, seconds
+        rejections.reject([image for image, _ in bad], [reason for _, reason in bad])
+        images = rejections.images
+        todo = [image for image in images if not (work / image.file_name).exists()]
 
 
-def _draw(settings: GenerateSettings, job: Job, images: Sequence[Planned], work: Path) -> float:
+def _generate(
+    settings: GenerateSettings, job: SamplingJob, images: Sequence[PlannedImage], work: Path
+) -> float:
     if settings.ray is not None:
-        return draw_with_ray(job, images, work, settings.ray, settings.ray_workers)
-    return draw_images(job, images, work)
+        return generate_with_ray(job, images, work, settings.ray, settings.ray_workers)
+    return generate_images(job, images, work)
 
 
-def _totals(rounds: Rounds, filters: Filters | None, work: Path) -> dict[str, Any]:
-    totals = rounds.totals()
-    empty = [name for name, one in totals.items() if not one["kept"]]
-    if empty:
+def _warn_of_empty(per_class: Mapping[str, ClassTotals]) -> None:
+    if empty := [name for name, totals in per_class.items() if not totals.kept]:
         log.warning(
             "generate: the filters left no image of %s; look into %s, or loosen them",
             ", ".join(empty),
             REJECTED,
         )
-    given_up = sum(sum(one["given_up"].values()) for one in totals.values())
-    told: dict[str, Any] = {"rejected": len(rounds.rejections), "given_up": given_up, "per_class": totals}
-    if filters:
-        kept = [(work / image.file_name, image.name) for image in rounds.images]
-        told["filters"] = {**filters.describe(), "near_photos": filters.near_photos(kept)}
-    return told
-
-
-def _write_metadata(work: Path, images: Sequence[Planned], job: Job, key: Key) -> None:
-    """One line per image: all that the image came from, and its SHA-256."""
-    common = {
-        "negative_prompt": job.negative,
-        "model": _model(job.engines_dir),
-        "engines": key.inputs["engines"],
-        "style": key.inputs["style"],
-    }
-    lines = (json.dumps(_line(image, work, job, common), ensure_ascii=False) + "\n" for image in images)
-    write_bytes(work / METADATA, "".join(lines).encode())
-
-
-def _line(image: Planned, work: Path, job: Job, common: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "file_name": image.file_name,
-        "class": image.name,
-        "index": image.index,
-        "attempt": image.attempt,
-        "prompt": image.prompt,
-        "token": image.token,
-        "seed": image.seed,
-        "guidance": image.guidance,
-        "steps": image.steps,
-        "init": image.start.name if image.start else None,
-        "init_sha256": image.start.sha256 if image.start else None,
-        "strength": job.strength if image.start else None,
-        **common,
-        "sha256": file_sha256(work / image.file_name),
-    }
 
 
 def _model(engines_dir: Path) -> str:

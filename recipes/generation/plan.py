@@ -1,9 +1,9 @@
-"""Which images a synthetic set has, and everything about each that is left to chance. Draws nothing itself.
+"""The plan of a synthetic set: every image with its seed and its random choices. Generates nothing itself.
 
-    (run seed, class, index, attempt) ──SHA-256──► seed ──SHA-256 with the choice's name──► 0..1 ──► choice
+    (run seed, class, index, resample) ──SHA-256──► seed ──SHA-256 with the stream's name──► 0..1 ──► choice
 
 Every choice has a stream of its own: one more phrase to choose from changes no noise and no token, and an
-image is the same whatever else is drawn.
+image is the same whatever else is generated.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PLAIN = "A {words} photo"
 """The sentence of an image without a style token."""
 
 Words = Mapping[str, str | Sequence[str]]
-"""Class name -> the words for it in prompts, or several of which each image draws one."""
+"""Class name -> the words for it in prompts, or several, of which one is sampled per image."""
 
 _PLACES = ("words", "token", "context")
 _Item = TypeVar("_Item")
@@ -41,13 +41,13 @@ class Photo:
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
-    """One image to draw.
+class PlannedImage:
+    """One image to generate.
 
     Attributes:
         name: class name.
         index: number within the class.
-        attempt: 0, or how often a filter had it drawn again.
+        resample: 0, or how often filters had it resampled.
         seed: of its noise and of its choices.
         prompt: what the text encoder reads.
         token: the style token in the prompt, or None.
@@ -58,7 +58,7 @@ class Planned:
 
     name: str
     index: int
-    attempt: int
+    resample: int
     seed: int
     prompt: str
     token: str | None
@@ -88,36 +88,36 @@ class SetPlan:
     tokens: tuple[tuple[str, float], ...]
     photos: Mapping[str, tuple[Photo, ...]]
 
-    def images(self) -> list[Planned]:
+    def images(self) -> list[PlannedImage]:
         """Every image of the set, in order of class and index."""
         return [
             self.image(name, index) for name in sorted(self.words) for index in range(self.settings.per_class)
         ]
 
-    def again(self, image: Planned) -> Planned:
-        """The next attempt at an image: another seed, and every choice anew."""
-        return self.image(image.name, image.index, image.attempt + 1)
+    def resampled(self, image: PlannedImage) -> PlannedImage:
+        """The next sample of an image: another seed, and every choice anew."""
+        return self.image(image.name, image.index, image.resample + 1)
 
-    def image(self, name: str, index: int, attempt: int = 0) -> Planned:
+    def image(self, name: str, index: int, resample: int = 0) -> PlannedImage:
         """One image with its choices."""
-        seed = image_seed(self.settings.seed, name, index, attempt)
+        seed = image_seed(self.settings.seed, name, index, resample)
         token = self._token(seed)
-        return Planned(
+        return PlannedImage(
             name,
             index,
-            attempt,
+            resample,
             seed,
             self._prompt(seed, name, token),
             token,
-            int(_drawn(bounds("steps", self.settings.steps, int), seed, "steps")),
-            float(_drawn(bounds("guidance", self.settings.guidance, float), seed, "guidance")),
+            int(steps_range(self.settings.steps).sample(seed, "steps")),
+            guidance_range(self.settings.guidance).sample(seed, "guidance"),
             _pick(self.photos[name], seed, "start") if self.photos else None,
         )
 
     def _token(self, seed: int) -> str | None:
-        if not self.tokens or chance(seed, "plain") < self.settings.plain_share:
+        if not self.tokens or uniform01(seed, "plain") < self.settings.plain_share:
             return None
-        place = chance(seed, "token")
+        place = uniform01(seed, "token")
         for token, share in self.tokens[:-1]:
             place -= share
             if place < 0:
@@ -166,60 +166,87 @@ def make_plan(
     return SetPlan(settings, lists, tuple(tokens), starts)
 
 
-def image_seed(run_seed: int, class_name: str, index: int, attempt: int = 0) -> int:
-    """Seed of one image, the same whatever else is drawn.
+def image_seed(run_seed: int, class_name: str, index: int, resample: int = 0) -> int:
+    """Seed of one image, the same whatever else is generated.
 
     48 bits, so that every reader of metadata.jsonl holds it exactly.
     """
-    text = f"{run_seed}\0{class_name}\0{index}" + (f"\0{attempt}" if attempt else "")
+    text = f"{run_seed}\0{class_name}\0{index}" + (f"\0{resample}" if resample else "")
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
 
 
-def chance(seed: int, choice: str) -> float:
-    """A number from 0 (included) to 1 (not), of one choice of one image."""
-    drawn = hashlib.sha256(f"{seed}\0{choice}".encode()).digest()[:6]
-    return int.from_bytes(drawn, "big") / 2**48
+def uniform01(seed: int, stream: str) -> float:
+    """A uniform random number in [0, 1): the one of a named stream of an image's seed."""
+    digest = hashlib.sha256(f"{seed}\0{stream}".encode()).digest()[:6]
+    return int.from_bytes(digest, "big") / 2**48
 
 
-def bounds(name: str, value: float | str, kind: type[int] | type[float]) -> tuple[float, float]:
-    """Smallest and largest value of a setting that is a number or a range "LOW:HIGH".
+@dataclass(frozen=True, slots=True)
+class Range:
+    """A setting that is a number, or a range of which each image has a number of its own.
+
+    Attributes:
+        low: smallest value.
+        high: largest value, included.
+        whole: whether the values are whole numbers.
+    """
+
+    low: float
+    high: float
+    whole: bool
+
+    @classmethod
+    def parse(cls, name: str, value: float | str, whole: bool, least: float) -> Range:
+        """Read a number, or "LOW:HIGH".
+
+        Args:
+            name: of the setting, for the message.
+            value: the setting.
+            whole: whether whole numbers are asked for.
+            least: the smallest value that is allowed.
+
+        Raises:
+            ConfigError: it is neither, or smaller than allowed.
+        """
+        ends, number = str(value).split(":"), int if whole else float
+        try:
+            low, high = number(ends[0]), number(ends[-1])
+        except ValueError:
+            low, high = math.nan, math.nan
+        if len(ends) > 2 or not least <= low <= high < math.inf:
+            kinds = "a whole number" if whole else "a number"
+            raise ConfigError(f"{name} = {value!r}: must be {kinds} of {least} or more, or a range LOW:HIGH")
+        return cls(low, high, whole)
+
+    def sample(self, seed: int, stream: str) -> float:
+        """The value of one image: whole, or rounded to three decimals."""
+        if self.low == self.high:
+            return self.low
+        if self.whole:
+            return self.low + math.floor(uniform01(seed, stream) * (self.high - self.low + 1))
+        return round(self.low + uniform01(seed, stream) * (self.high - self.low), 3)
+
+
+def steps_range(value: float | str) -> Range:
+    """The setting `steps`.
 
     Raises:
-        ConfigError: it is neither, or negative.
+        ConfigError: see `Range.parse`.
     """
-    ends = str(value).split(":")
-    try:
-        low, high = kind(ends[0]), kind(ends[-1])
-    except ValueError:
-        low, high = math.nan, math.nan
-    fewest = 1 if kind is int else 0
-    if len(ends) > 2 or not fewest <= low <= high < math.inf:
-        kinds = "a whole number" if kind is int else "a number"
-        raise ConfigError(f"{name} = {value!r}: must be {kinds} of {fewest} or more, or a range LOW:HIGH")
-    return low, high
+    return Range.parse("steps", value, whole=True, least=1)
 
 
-def number_or_range(name: str, value: float | str, kind: type[int] | type[float]) -> float | list[float]:
-    """A setting in the one form that it has in keys and manifests: a number, or [smallest, largest].
+def guidance_range(value: float | str) -> Range:
+    """The setting `guidance`.
 
     Raises:
-        ConfigError: as `bounds`.
+        ConfigError: see `Range.parse`.
     """
-    low, high = bounds(name, value, kind)
-    return low if low == high else [low, high]
+    return Range.parse("guidance", value, whole=False, least=0)
 
 
-def _drawn(ends: tuple[float, float], seed: int, choice: str) -> float:
-    low, high = ends
-    if low == high:
-        return low
-    if isinstance(low, int):
-        return low + math.floor(chance(seed, choice) * (high - low + 1))
-    return round(low + chance(seed, choice) * (high - low), 3)
-
-
-def _pick(items: Sequence[_Item], seed: int, choice: str) -> _Item:
-    return items[math.floor(chance(seed, choice) * len(items))]
+def _pick(items: Sequence[_Item], seed: int, stream: str) -> _Item:
+    return items[math.floor(uniform01(seed, stream) * len(items))]
 
 
 def _places(sentence: str) -> set[str]:
@@ -235,15 +262,15 @@ def _check_names(classes: Words) -> None:
 
 
 def _check_numbers(settings: GenerateSettings) -> None:
-    fewest, _ = bounds("steps", settings.steps, int)
-    bounds("guidance", settings.guidance, float)
+    fewest = steps_range(settings.steps).low
+    guidance_range(settings.guidance)
     for name in ("strength", "plain_share"):
         if not 0 <= getattr(settings, name) <= 1:
             raise ConfigError(f"{name} = {getattr(settings, name)}: must lie between 0 and 1")
     if settings.init == "real" and int(fewest * settings.strength) < 1:
         raise ConfigError(
             f"strength = {settings.strength} of {fewest:g} steps is less than one step, so nothing would be "
-            "drawn; raise --strength or --steps"
+            "generated; raise --strength or --steps"
         )
 
 
@@ -263,8 +290,8 @@ def _check_templates(settings: GenerateSettings, styled: bool) -> None:
     )
     if settings.template and unused:
         raise ConfigError(
-            "no template has a place for the style: write {token} into one, or draw without the style with "
-            "--plain-share 1"
+            "no template has a place for the style: write {token} into one, or generate without the style "
+            "with plain_share = 1"
         )
 
 

@@ -1,11 +1,11 @@
-"""Draws planned images with processes of a Ray cluster, which all write into one folder.
+"""Generates planned images with processes of a Ray cluster, which all write into one folder.
 
-    this process: plan, prompts and photos as Material ──batches──► workers: one pipeline each ──► PNG files
-                  one progress bar                     ◄──done──
+    this process: plan, SamplerInputs ──batches──► workers: one pipeline each ──► PNG files
+                  one progress bar    ◄──done──
 
-A worker gets a batch when it is free. A worker that dies is replaced, and what its batch lacks is drawn by
-another: an image is either written whole or not there, and has the same bytes whoever draws it. The folder
-and the engines must have the same paths on every machine, as on a shared file system.
+A worker gets a batch when it is free. A worker that dies is replaced, and the rest of its batch goes to
+another: an image is either written whole or not there, and has the same bytes whoever generates it. The
+folder and the engines must have the same paths on every machine, as on a shared file system.
 """
 
 from __future__ import annotations
@@ -26,8 +26,15 @@ from tqdm import tqdm
 
 from synthkit.engines.runtime.session import usable_threads
 from synthkit.errors import EngineError, MissingExtra, first_line
-from synthkit.recipes.generation.plan import Planned
-from synthkit.recipes.generation.sampler import Drawer, Job, Material, batches, make_folders, write_images
+from synthkit.recipes.generation.plan import PlannedImage
+from synthkit.recipes.generation.sampler import (
+    Sampler,
+    SamplerInputs,
+    SamplingJob,
+    batches,
+    make_folders,
+    write_images,
+)
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +43,7 @@ LOCAL = "local"
 _CONNECT_S = 10  # seconds for a connection
 _CHECK_S = 60  # seconds for a cluster to answer, with the start of Python and Ray
 _START_S = 300  # seconds for the first worker to be ready: a cold import of diffusers takes ten
-_DEATHS_EACH = 3  # of a worker, with nothing drawn in between
+_DEATHS_EACH = 3  # of a worker, with nothing generated in between
 
 
 @dataclass(frozen=True)
@@ -51,27 +58,27 @@ class _Layout:
 class _Worker:
     """What runs on the cluster: one pipeline."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: SamplingJob) -> None:
         self._job = job
-        self._drawer: Drawer | None = None
+        self._sampler: Sampler | None = None
 
     def open(self) -> None:
         """Load the engines; not in `__init__`, where Ray takes an error for a death."""
-        self._drawer = Drawer(self._job)
+        self._sampler = Sampler(self._job)
 
-    def draw(self, batch: Sequence[Planned], material: Material, folder: Path) -> None:
-        """Draw and write a batch."""
-        assert self._drawer is not None  # `open` was called first
-        write_images(folder, batch, self._drawer.draw(batch, material))
+    def generate(self, batch: Sequence[PlannedImage], inputs: SamplerInputs, folder: Path) -> None:
+        """Generate and write a batch."""
+        assert self._sampler is not None  # `open` was called first
+        write_images(folder, batch, self._sampler.generate(batch, inputs))
 
 
-def draw_with_ray(
-    job: Job, images: Sequence[Planned], folder: Path, address: str, workers: int | None
+def generate_with_ray(
+    job: SamplingJob, images: Sequence[PlannedImage], folder: Path, address: str, workers: int | None
 ) -> float:
-    """Draw images with workers of a Ray cluster and write them below a folder.
+    """Generate images with workers of a Ray cluster and write them below a folder.
 
     Args:
-        job: what all images are drawn with.
+        job: the settings that all images are generated with.
         images: what is missing.
         folder: where; every machine of the cluster must see it, and the engines, under the same path.
         address: "local" for a cluster of this machine alone; otherwise this machine is one of the cluster's,
@@ -86,35 +93,35 @@ def draw_with_ray(
         MissingExtra: Ray is not installed.
     """
     with _cluster(address, workers) as (ray, layout):
-        drawer = Drawer(job)
-        material = drawer.gather(images)
-        drawer.close()
+        sampler = Sampler(job)
+        inputs = sampler.gather(images)
+        sampler.close()
         make_folders(images, folder)
-        crew = _Crew(ray, layout, job, ray.put(material), folder.resolve())
+        crew = _Crew(ray, layout, job, ray.put(inputs), folder.resolve())
         size = min(job.batch_size, -(-len(images) // layout.workers))
-        return crew.draw(list(batches(images, size)), len(images))
+        return crew.generate(list(batches(images, size)), len(images))
 
 
 class _Crew:
-    """Workers and who draws what.
+    """The workers, and the batches they are given.
 
     Args:
         ray: the module.
         layout: how many workers.
         job: what they are made with.
-        material: Ray's reference of the material.
+        inputs: Ray's reference of the inputs.
         folder: where they write.
     """
 
-    def __init__(self, ray: Any, layout: _Layout, job: Job, material: Any, folder: Path) -> None:
-        self._ray, self._layout, self._job, self._material, self._folder = ray, layout, job, material, folder
+    def __init__(self, ray: Any, layout: _Layout, job: SamplingJob, inputs: Any, folder: Path) -> None:
+        self._ray, self._layout, self._job, self._inputs, self._folder = ray, layout, job, inputs, folder
         self._kind = ray.remote(num_cpus=layout.cpus, num_gpus=layout.gpus)(_Worker)
-        self._running: dict[Any, tuple[Any, Sequence[Planned]]] = {}  # by Ray's reference of the call
+        self._running: dict[Any, tuple[Any, Sequence[PlannedImage]]] = {}  # by Ray's reference of the call
         self._deaths = 0
         self._started = 0.0  # when the first worker was ready
 
-    def draw(self, waiting: Sequence[Sequence[Planned]], count: int) -> float:
-        """Have batches drawn; returns the seconds since the first worker was ready."""
+    def generate(self, waiting: Sequence[Sequence[PlannedImage]], count: int) -> float:
+        """Have batches generated; returns the seconds since the first worker was ready."""
         queue = deque(waiting)
         for _ in range(min(self._layout.workers, len(queue))):
             self._start_worker()
@@ -138,10 +145,10 @@ class _Crew:
         worker = self._kind.remote(self._job)
         self._running[worker.open.remote()] = worker, ()
 
-    def _hand(self, worker: Any, batch: Sequence[Planned]) -> None:
-        self._running[worker.draw.remote(batch, self._material, self._folder)] = worker, batch
+    def _hand(self, worker: Any, batch: Sequence[PlannedImage]) -> None:
+        self._running[worker.generate.remote(batch, self._inputs, self._folder)] = worker, batch
 
-    def _next(self) -> tuple[Any, Sequence[Planned], bool]:
+    def _next(self) -> tuple[Any, Sequence[PlannedImage], bool]:
         """The next call that ends: its worker, its batch (empty: it was starting), whether it lives."""
         patience = None if self._busy() else _START_S
         done, _ = self._ray.wait(list(self._running), num_returns=1, timeout=patience)
@@ -167,8 +174,8 @@ class _Crew:
         reason = first_line(error)
         if self._deaths > _DEATHS_EACH * self._layout.workers:
             raise EngineError(
-                f"{self._deaths} Ray workers died with nothing drawn in between ({reason}); look into the "
-                "cluster's logs and run the same command again, which goes on from what was drawn"
+                f"{self._deaths} Ray workers died with nothing generated in between ({reason}); look into "
+                "the cluster's logs and run the same command again, which goes on from there"
             )
         log.warning("generate: a Ray worker died and is replaced (%s)", reason)
         self._start_worker()
@@ -223,7 +230,7 @@ def _refuse_unreachable(address: str) -> None:
 def _no_cluster(address: str, reason: str) -> EngineError:
     return EngineError(
         f"no Ray cluster answers at {address!r} ({reason}); start one with `ray start --head` (Ray's "
-        "RAY_AUTH_MODE must be the same here and there), or draw on this machine with --ray local"
+        "RAY_AUTH_MODE must be the same here and there), or generate on this machine with --ray local"
     )
 
 

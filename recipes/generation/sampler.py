@@ -1,6 +1,6 @@
-"""Draws planned images with engines and writes them: in this process, or as one of several workers.
+"""Generates planned images with engines and writes them: in this process, or as one of several workers.
 
-    planned images ──prompts, photos──► Material: embeddings and latents, made once
+    planned images ──prompts, photos──► SamplerInputs: embeddings and latents, computed once
     batches of equal steps ──EnginePipeline.generate──► PNG files, each written whole or not at all
 
 What an image looks like is settled in `synthkit.recipes.generation.plan`; batches, workers and interruptions
@@ -26,12 +26,12 @@ from synthkit.diffusion.style_token import StyleToken
 from synthkit.engines.diffusion.pipeline import EnginePipeline, StartLatents
 from synthkit.engines.diffusion.text_encoder import TextEmbeddings
 from synthkit.errors import BadImages
-from synthkit.recipes.generation.plan import Photo, Planned
+from synthkit.recipes.generation.plan import Photo, PlannedImage
 
 
 @dataclass(frozen=True)
-class Job:
-    """What all images of a set are drawn with.
+class SamplingJob:
+    """The settings that all images of a set are generated with.
 
     Attributes:
         engines_dir: what `build_engines` wrote.
@@ -40,7 +40,7 @@ class Job:
         strength: of starting from a photo.
         batch_size: images per batch.
         blank: whether an image of one colour is written; otherwise it is an error.
-        kept: a file that keeps the embeddings; None: they are made anew.
+        cache: a file for the embeddings; None: they are computed anew.
     """
 
     engines_dir: Path
@@ -49,12 +49,12 @@ class Job:
     strength: float
     batch_size: int
     blank: bool = False
-    kept: Path | None = None
+    cache: Path | None = None
 
 
 @dataclass(frozen=True)
-class Material:
-    """What some images are drawn from, in the form that engines take.
+class SamplerInputs:
+    """Embeddings of prompts and latents of photos, as the engines take them.
 
     Attributes:
         prompts: prompt -> row of `texts`.
@@ -71,14 +71,14 @@ class Material:
     latents: np.ndarray
 
 
-class Drawer:
-    """One pipeline that draws batches into a folder."""
+class Sampler:
+    """One pipeline that generates batches of images."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: SamplingJob) -> None:
         self._job = job
         self._pipeline = EnginePipeline.open(job.engines_dir)
 
-    def gather(self, images: Sequence[Planned]) -> Material:
+    def gather(self, images: Sequence[PlannedImage]) -> SamplerInputs:
         """Embed the prompts of some images and encode the photos that they start from, each once.
 
         Raises:
@@ -87,9 +87,9 @@ class Drawer:
         """
         job, pipeline = self._job, self._pipeline
         prompts = sorted({image.prompt for image in images})
-        texts = pipeline.embed(prompts, *job.tokens, negative=job.negative, cache=job.kept)
+        texts = pipeline.embed(prompts, *job.tokens, negative=job.negative, cache=job.cache)
         photos = {image.start.sha256: image.start for image in images if image.start}
-        return Material(
+        return SamplerInputs(
             {prompt: row for row, prompt in enumerate(prompts)},
             texts,
             pipeline.unconditional(),
@@ -97,23 +97,23 @@ class Drawer:
             _latents(pipeline, list(photos.values())),
         )
 
-    def load(self, batch: Sequence[Planned]) -> None:
-        """Load the UNet for a batch, which otherwise its first `draw` does."""
+    def load(self, batch: Sequence[PlannedImage]) -> None:
+        """Load the UNet for a batch, which otherwise its first `generate` does."""
         self._pipeline.prepare(max(image.guidance for image in batch))
 
-    def draw(self, batch: Sequence[Planned], material: Material) -> np.ndarray:
-        """Images of one batch, which `batches` made: uint8 [n, height, width, 3].
+    def generate(self, batch: Sequence[PlannedImage], inputs: SamplerInputs) -> np.ndarray:
+        """Generate one batch, which `batches` made: uint8 [n, height, width, 3].
 
         Raises:
             EngineError: names the images that came out as NaN or infinite, or of one colour.
         """
-        self._pipeline.set_unconditional(material.none)
+        self._pipeline.set_unconditional(inputs.none)
         start = None
         if batch[0].start is not None:
-            rows = [material.photos[image.start.sha256] for image in batch if image.start]
-            start = StartLatents(material.latents[rows], self._job.strength)
+            rows = [inputs.photos[image.start.sha256] for image in batch if image.start]
+            start = StartLatents(inputs.latents[rows], self._job.strength)
         return self._pipeline.generate(
-            material.texts.take([material.prompts[image.prompt] for image in batch]),
+            inputs.texts.take([inputs.prompts[image.prompt] for image in batch]),
             [image.seed for image in batch],
             batch[0].steps,
             [image.guidance for image in batch],
@@ -127,35 +127,35 @@ class Drawer:
         self._pipeline.close()
 
 
-def draw_images(job: Job, images: Sequence[Planned], folder: Path) -> float:
-    """Draw images in this process and write them below a folder.
+def generate_images(job: SamplingJob, images: Sequence[PlannedImage], folder: Path) -> float:
+    """Generate images in this process and write them below a folder.
 
     Returns:
         Seconds that it took, without what comes once: loading the engines, prompts and photos.
     """
-    drawer = Drawer(job)
+    sampler = Sampler(job)
     make_folders(images, folder)
-    material, todo = drawer.gather(images), list(batches(images, job.batch_size))
-    drawer.load(todo[0])
+    inputs, todo = sampler.gather(images), list(batches(images, job.batch_size))
+    sampler.load(todo[0])
     started = time.perf_counter()
     with (
         tqdm(total=len(images), unit="image", desc="generate", disable=None) as bar,
-        ThreadPoolExecutor(1) as writer,  # encodes a batch while the next is drawn
+        ThreadPoolExecutor(1) as writer,  # encodes a batch while the next is generated
     ):
         pending: Future[Any] = writer.submit(int)
         for batch in todo:
-            pixels = drawer.draw(batch, material)
+            pixels = sampler.generate(batch, inputs)
             pending.result()
             pending = writer.submit(write_images, folder, batch, pixels)
             bar.update(len(batch))
         pending.result()
-    drawer.close()
+    sampler.close()
     return time.perf_counter() - started
 
 
-def batches(images: Sequence[Planned], size: int) -> Iterator[list[Planned]]:
-    """Images in batches that one sampling loop can draw: of equal steps, all with guidance or all without."""
-    alike: dict[tuple[bool, int], list[Planned]] = {}
+def batches(images: Sequence[PlannedImage], size: int) -> Iterator[list[PlannedImage]]:
+    """Images in batches for one sampling loop: of equal steps, all with guidance or all without."""
+    alike: dict[tuple[bool, int], list[PlannedImage]] = {}
     for image in images:
         alike.setdefault((image.guidance > 1, image.steps), []).append(image)
     for key in sorted(alike):  # the UNet is loaded anew where guidance begins
@@ -163,13 +163,13 @@ def batches(images: Sequence[Planned], size: int) -> Iterator[list[Planned]]:
         yield from (group[start : start + size] for start in range(0, len(group), size))
 
 
-def make_folders(images: Sequence[Planned], folder: Path) -> None:
+def make_folders(images: Sequence[PlannedImage], folder: Path) -> None:
     """The class folders of some images."""
     for name in {image.name for image in images}:
         (folder / name).mkdir(exist_ok=True)
 
 
-def write_images(folder: Path, batch: Sequence[Planned], pixels: np.ndarray) -> None:
+def write_images(folder: Path, batch: Sequence[PlannedImage], pixels: np.ndarray) -> None:
     """Write images of a batch, each atomically."""
     for image, array in zip(batch, pixels, strict=True):
         write_bytes(folder / image.file_name, png(array))

@@ -79,7 +79,8 @@ def command(
     if result.images_per_second:
         text += f" ({result.images_per_second:.1f} images/s)"
     if result.rejected:
-        text += f"\nfilters rejected {result.rejected} and gave {result.metrics['given_up']} images up"
+        dropped = result.metrics["dropped"]
+        text += f"\nfilters rejected {result.rejected} samples; {dropped} images were dropped"
     return options.Output(result.to_json(), text)
 
 

@@ -106,8 +106,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     stage(root / "style", "learn-style", style)
     filters = {
         "filters": {"thresholds": {"blank": {"contrast_below": 2.0}}},
-        "given_up": 1,
-        "per_class": {"a": {"kept": 14, "redrawn": 1, "given_up": {"blank": 1}}},
+        "dropped": 1,
+        "per_class": {"a": {"kept": 14, "resampled": 1, "dropped": {"blank": 1}}},
     }
     stage(root / "synthetic", "generate", synthetic, rejected=3, **filters)
 
@@ -204,7 +204,7 @@ def test_every_section_shows_its_figures(page: str) -> None:
         "28 synthetic images against 6 photos", "lower --guidance (0.9 < 1)", "No limit passed.",
         "-4.5 dB at high",
         "Fréchet distance 3.25; of 1 images –",
-        "3 images rejected, 1 given up.", "Rejected: blank", "1 blank", "contrast_below",
+        "3 images rejected, 1 dropped.", "Rejected: blank", "1 blank", "contrast_below",
         "learn-style: ", '"seed": 7',
     ):  # fmt: skip
         assert shown in words, shown

@@ -33,61 +33,139 @@ SETTINGS = GenerateSettings(per_class=5, steps=3, batch_size=4)
 
 
 @pytest.fixture(scope="module")
-def drawn(tiny_engines: Path, tiny_style: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def generated_set(tiny_engines: Path, tiny_style: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("generate") / "synthetic"
     generate(SETTINGS, tiny_engines, CLASSES, tiny_style, out)
     return out
 
 
-def test_the_set_is_an_image_folder_with_metadata(drawn: Path) -> None:
-    lines = [json.loads(line) for line in (drawn / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
+def test_the_set_is_an_image_folder_with_metadata(generated_set: Path) -> None:
+    lines = [
+        json.loads(line)
+        for line in (generated_set / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert [(one["class"], one["index"]) for one in lines] == [(c, i) for c in ("b", "ä x") for i in range(5)]
     for line in lines:
-        path = drawn / line["file_name"]
+        path = generated_set / line["file_name"]
         assert path.name == f"{line['index']:05d}.png" and path.parent.name == line["class"]
         assert hashlib.sha256(path.read_bytes()).hexdigest() == line["sha256"]
         assert line["seed"] == image_seed(0, line["class"], line["index"])
         assert line["prompt"] == f"A {CLASSES[line['class']]} photo in the style of <tiny>"
         with Image.open(path) as image:
             assert image.size == (16, 16) and image.mode == "RGB"
-        assert (line["token"], line["attempt"], line["steps"], line["guidance"]) == ("<tiny>", 0, 3, 2.0)
+        assert (line["token"], line["resample"], line["steps"], line["guidance"]) == ("<tiny>", 0, 3, 2.0)
     assert {"model", "style", "engines", "negative_prompt", "init"} <= lines[0].keys()
     assert len({line["sha256"] for line in lines}) == 10
 
 
 def test_the_batch_size_changes_nothing(
-    drawn: Path, tiny_engines: Path, tiny_style: Path, tmp_path: Path
+    generated_set: Path, tiny_engines: Path, tiny_style: Path, tmp_path: Path
 ) -> None:
     settings = GenerateSettings(per_class=5, steps=3, batch_size=3)
     result = generate(settings, tiny_engines, CLASSES, tiny_style, tmp_path / "synthetic")
-    assert contents(tmp_path / "synthetic") == contents(drawn)
+    assert contents(tmp_path / "synthetic") == contents(generated_set)
     metrics = result.manifest.metrics
     assert metrics["written"] == 10 and metrics["images_per_second"] > 0 and metrics["rejected"] == 0
-    assert metrics["per_class"] == {name: {"kept": 5, "redrawn": 0, "given_up": {}} for name in CLASSES}
+    assert metrics["per_class"] == {name: {"kept": 5, "resampled": 0, "dropped": {}} for name in CLASSES}
 
 
-def test_a_new_style_or_run_seed_draws_others(
-    drawn: Path, tiny_engines: Path, tiny_style: Path, tmp_path: Path
+def test_a_new_style_or_run_seed_gives_other_images(
+    generated_set: Path, tiny_engines: Path, tiny_style: Path, tmp_path: Path
 ) -> None:
     generate(SETTINGS, tiny_engines, CLASSES, None, tmp_path / "plain")
     seeded = GenerateSettings(per_class=5, steps=3, seed=1)
     generate(seeded, tiny_engines, CLASSES, tiny_style, tmp_path / "seeded")
     one = "b/00000.png"
     assert (
-        len({(folder / one).read_bytes() for folder in (drawn, tmp_path / "plain", tmp_path / "seeded")}) == 3
+        len(
+            {
+                (folder / one).read_bytes()
+                for folder in (generated_set, tmp_path / "plain", tmp_path / "seeded")
+            }
+        )
+        == 3
     )
 
 
 def test_a_finished_set_gets_back_what_it_lost(
-    drawn: Path, tiny_engines: Path, tiny_style: Path, tmp_path: Path
+    generated_set: Path, tiny_engines: Path, tiny_style: Path, tmp_path: Path
 ) -> None:
-    shutil.copytree(drawn, tmp_path / "set")
+    shutil.copytree(generated_set, tmp_path / "set")
     (tmp_path / "set" / "b" / "00003.png").unlink()
-    (tmp_path / "set" / "b" / "00001.png").write_bytes(b"not what was drawn")
+    (tmp_path / "set" / "b" / "00001.png").write_bytes(b"not what was generated")
     (tmp_path / "set" / "metadata.jsonl").write_text("edited")
     result = generate(SETTINGS, tiny_engines, CLASSES, tiny_style, tmp_path / "set")
     assert (result.manifest.metrics["written"], result.manifest.metrics["skipped"]) == (2, 8)
-    assert contents(tmp_path / "set") == contents(drawn)
+    assert contents(tmp_path / "set") == contents(generated_set)
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["hard links", "copies"])
+def test_more_images_keep_those_that_are_there(
+    links: bool,
+    generated_set: Path,
+    tiny_engines: Path,
+    tiny_style: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_links(target: Path, source: Path) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM), str(target))
+
+    if not links:
+        monkeypatch.setattr(Path, "hardlink_to", no_links)
+    more = replace(SETTINGS, per_class=7)
+    generate(more, tiny_engines, CLASSES, tiny_style, tmp_path / "fresh")
+    shutil.copytree(generated_set, tmp_path / "set")
+    result = generate(more, tiny_engines, CLASSES, tiny_style, tmp_path / "set")
+    assert (result.manifest.metrics["written"], result.manifest.metrics["skipped"]) == (4, 10)
+    assert contents(tmp_path / "set") == contents(tmp_path / "fresh")
+    fewer = generate(SETTINGS, tiny_engines, CLASSES, tiny_style, tmp_path / "set")
+    assert (fewer.manifest.metrics["written"], fewer.manifest.metrics["skipped"]) == (0, 10)
+    assert contents(tmp_path / "set") == contents(generated_set)
+    again = generate(SETTINGS, tiny_engines, CLASSES, tiny_style, tmp_path / "set", force=True)
+    assert again.manifest.metrics["written"] == 10
+
+
+@pytest.mark.parametrize(
+    ("changes", "styled", "kept"),
+    [
+        ({"steps": 4}, True, 0),
+        ({"seed": 1}, True, 0),
+        ({"guidance": 1.5}, True, 0),
+        ({"negative": "blur"}, True, 0),
+        ({"plain_share": 0.5}, True, 8),
+        ({"strength": 0.5}, True, 10),
+        ({}, False, 0),
+    ],
+)
+def test_images_that_would_differ_are_generated_again(
+    changes: dict[str, Any],
+    styled: bool,
+    kept: int,
+    generated_set: Path,
+    tiny_engines: Path,
+    tiny_style: Path,
+    tmp_path: Path,
+) -> None:
+    shutil.copytree(generated_set, tmp_path / "set")
+    settings, style = replace(SETTINGS, **changes), tiny_style if styled else None
+    result = generate(settings, tiny_engines, CLASSES, style, tmp_path / "set")
+    assert result.manifest.metrics["skipped"] == kept
+    generate(settings, tiny_engines, CLASSES, style, tmp_path / "fresh")
+    assert contents(tmp_path / "set") == contents(tmp_path / "fresh")
+
+
+def test_edited_images_and_metadata_are_not_taken_over(
+    generated_set: Path, tiny_engines: Path, tiny_style: Path, tmp_path: Path
+) -> None:
+    more = replace(SETTINGS, per_class=6)
+    generate(more, tiny_engines, CLASSES, tiny_style, tmp_path / "fresh")
+    for name, kept in (("b/00002.png", 9), ("metadata.jsonl", 0)):
+        folder = shutil.copytree(generated_set, tmp_path / name.replace("/", "-"))
+        (folder / name).write_bytes((folder / name).read_bytes() + b" ")
+        result = generate(more, tiny_engines, CLASSES, tiny_style, folder)
+        assert result.manifest.metrics["skipped"] == kept
+        assert contents(folder) == contents(tmp_path / "fresh")
 
 
 class _Refusing:
@@ -109,7 +187,7 @@ class _Refusing:
         return len(images)
 
 
-def test_what_filters_reject_is_drawn_again_or_left_out(
+def test_what_filters_reject_is_resampled_or_dropped(
     tiny_engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     filters = _Refusing()
@@ -122,23 +200,28 @@ def test_what_filters_reject_is_drawn_again_or_left_out(
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     metrics = results[0].manifest.metrics
     lines = [json.loads(line) for line in (tmp_path / "one" / "metadata.jsonl").read_text().splitlines()]
-    redrawn = sum(line["attempt"] for line in lines)
-    assert redrawn > 0 and metrics["given_up"] > 0, "the test must see both"
-    assert len(lines) == 16 - metrics["given_up"]
-    assert metrics["rejected"] == redrawn + 2 * metrics["given_up"]
-    assert metrics["written"] == 16 + redrawn + metrics["given_up"]
-    assert sum(one["redrawn"] for one in metrics["per_class"].values()) == redrawn
+    resampled = sum(line["resample"] for line in lines)
+    assert resampled > 0 and metrics["dropped"] > 0, "the test must see both"
+    assert len(lines) == 16 - metrics["dropped"]
+    assert metrics["rejected"] == resampled + 2 * metrics["dropped"]
+    assert metrics["written"] == 16 + resampled + metrics["dropped"]
+    assert sum(one["resampled"] for one in metrics["per_class"].values()) == resampled
     for line in lines:
-        assert line["seed"] == image_seed(0, line["class"], line["index"], line["attempt"])
+        assert line["seed"] == image_seed(0, line["class"], line["index"], line["resample"])
         assert hashlib.sha256((tmp_path / "one" / line["file_name"]).read_bytes()).digest()[0] >= 110
+    more = GenerateSettings(per_class=11, steps=2)
+    larger = generate(more, tiny_engines, CLASSES, None, tmp_path / "two", filters=strict)
+    generate(more, tiny_engines, CLASSES, None, tmp_path / "fresh", filters=strict)
+    assert contents(tmp_path / "two") == contents(tmp_path / "fresh")
+    assert larger.manifest.metrics["skipped"] == len(lines)
     rejected = list((tmp_path / "one" / ".rejected" / "class").glob("*.png"))
     assert len(rejected) == metrics["rejected"] and (tmp_path / "one" / ".rejected" / "class.png").is_file()
 
 
 def test_a_full_disk_loses_nothing(
-    drawn: Path, tiny_engines: Path, tiny_style: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    generated_set: Path, tiny_engines: Path, tiny_style: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from synthkit.recipes.generation import sampler as drawing
+    from synthkit.recipes.generation import sampler
 
     written = []
 
@@ -149,7 +232,7 @@ def test_a_full_disk_loses_nothing(
         write_bytes(path, content)
 
     with monkeypatch.context() as patched:
-        patched.setattr(drawing, "write_bytes", write)
+        patched.setattr(sampler, "write_bytes", write)
         code, out, errors = run(
             *["--workspace", tmp_path, "generate", "--classes", "b", "--per-class", "9", "--steps", "3"],
             *["--engines", tiny_engines, "--style", tiny_style, "--batch-size", "4"],
@@ -210,14 +293,14 @@ def test_a_killed_run_goes_on_where_it_was(tiny_engines: Path, tiny_style: Path,
 
 
 def test_an_unchanged_set_is_skipped_and_changes_show(
-    drawn: Path, tiny_engines: Path, tiny_style: Path
+    generated_set: Path, tiny_engines: Path, tiny_style: Path
 ) -> None:
-    assert generate(SETTINGS, tiny_engines, CLASSES, tiny_style, drawn).skipped
-    usual = key(generate_stage(SETTINGS, tiny_engines, CLASSES, tiny_style, drawn))
+    assert generate(SETTINGS, tiny_engines, CLASSES, tiny_style, generated_set).skipped
+    usual = key(generate_stage(SETTINGS, tiny_engines, CLASSES, tiny_style, generated_set))
     other = GenerateSettings(per_class=5, steps=4)
-    assert key(generate_stage(other, tiny_engines, CLASSES, tiny_style, drawn)) != usual
-    assert key(generate_stage(SETTINGS, tiny_engines, {"b": "b"}, tiny_style, drawn)) != usual
-    assert key(generate_stage(SETTINGS, tiny_engines, CLASSES, None, drawn)) != usual
+    assert key(generate_stage(other, tiny_engines, CLASSES, tiny_style, generated_set)) != usual
+    assert key(generate_stage(SETTINGS, tiny_engines, {"b": "b"}, tiny_style, generated_set)) != usual
+    assert key(generate_stage(SETTINGS, tiny_engines, CLASSES, None, generated_set)) != usual
 
 
 def test_names_and_folders_that_cannot_be_used(tiny_engines: Path, tmp_path: Path) -> None:

@@ -9,7 +9,14 @@ from PIL import Image
 
 from synthkit.data.images import ImageSet
 from synthkit.errors import ConfigError, DataError
-from synthkit.recipes.generation.plan import SetPlan, bounds, image_seed, make_plan
+from synthkit.recipes.generation.plan import (
+    Range,
+    SetPlan,
+    guidance_range,
+    image_seed,
+    make_plan,
+    steps_range,
+)
 from synthkit.recipes.settings import GenerateSettings
 
 WORDS = {"7": "digit seven", "a": ("letter a", "small a", "an a")}
@@ -31,14 +38,14 @@ def photos(tmp_path: Path) -> ImageSet:
     return ImageSet.scan(tmp_path)
 
 
-def test_seeds_are_what_earlier_sets_were_drawn_from() -> None:
+def test_seeds_are_those_of_earlier_sets() -> None:
     assert image_seed(0, "7", 3) == 221968626312874
     names = [
-        (seed, name, index, attempt)
+        (seed, name, index, resample)
         for seed in range(3)
         for name in ("1", "11")
         for index in range(30)
-        for attempt in range(3)
+        for resample in range(3)
     ]
     assert len({image_seed(*name) for name in names}) == len(names)
 
@@ -92,11 +99,11 @@ def test_prompts_of_templates_and_contexts() -> None:
     assert all(100 < used[word] < 170 for word in WORDS["a"])
 
 
-def test_a_further_attempt_is_another_image() -> None:
+def test_a_resample_is_another_image() -> None:
     maker = plan(guidance="1:9")
     first = maker.image("7", 4)
-    second, third = maker.again(first), maker.again(maker.again(first))
-    assert [one.attempt for one in (first, second, third)] == [0, 1, 2]
+    second, third = maker.resampled(first), maker.resampled(maker.resampled(first))
+    assert [one.resample for one in (first, second, third)] == [0, 1, 2]
     assert len({(one.seed, one.guidance) for one in (first, second, third)}) == 3
     assert second == maker.image("7", 4, 1)
 
@@ -126,14 +133,14 @@ def test_a_class_without_photos_cannot_start_from_them(photos: ImageSet) -> None
 
 
 def test_ranges() -> None:
-    assert bounds("steps", 15, int) == bounds("steps", "15", int) == (15, 15)
-    assert bounds("guidance", "1.5:3", float) == (1.5, 3.0)
+    assert steps_range(15) == steps_range("15") == Range(15, 15, whole=True)
+    assert guidance_range("1.5:3") == Range(1.5, 3.0, whole=False)
     for value in ("", "a", "3:1", "1:2:3", "0", "-1", "2.5", ":", "nan"):
         with pytest.raises(ConfigError, match="must be a whole number of 1 or more, or a range LOW:HIGH"):
-            bounds("steps", value, int)
+            steps_range(value)
     for value in ("-1:2", "1:nan", "inf"):
         with pytest.raises(ConfigError, match=r"guidance = .* must be a number of 0 or more"):
-            bounds("guidance", value, float)
+            guidance_range(value)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +156,7 @@ def test_ranges() -> None:
         ({"template": ("{word}",)}, (), r"unknown place \{word\}; did you mean words"),
         ({"template": ("{words",)}, (), "cannot be read"),
         ({"template": ("{words} {token}",)}, (), "there is no style"),
-        ({"template": ("{words}",)}, TOKENS, r"write \{token\} into one, or draw .* --plain-share 1"),
+        ({"template": ("{words}",)}, TOKENS, r"write \{token\} into one, or generate .* plain_share = 1"),
     ],
 )
 def test_settings_that_cannot_be_used(values: dict[str, Any], tokens: Any, message: str) -> None:

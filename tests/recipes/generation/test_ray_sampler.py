@@ -17,7 +17,7 @@ pytest.importorskip("onnxruntime")
 from benchmarks.generation import contents
 from synthkit.cli import main
 from synthkit.errors import EngineError
-from synthkit.recipes.generation import ray_sampler as ray_workers
+from synthkit.recipes.generation import ray_sampler
 from synthkit.recipes.settings import GenerateSettings
 from tests.stages import generate
 
@@ -97,14 +97,14 @@ def test_an_address_without_a_cluster_is_one_line(
 
 
 @needs_ray
-def test_something_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_workers, "_CHECK_S", 0.5)
+def test_something_that_never_answers_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_sampler, "_CHECK_S", 0.5)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         address = f"127.0.0.1:{silent.getsockname()[1]}"
         with pytest.raises(EngineError, match=r"nothing came within 0\.5 s"):
-            ray_workers._refuse_unreachable(address)
+            ray_sampler._refuse_unreachable(address)
 
 
 class _Call:
@@ -137,7 +137,7 @@ class _Calls:
                 return self
 
             def remote(self, _: object) -> object:
-                return type("Actor", (), {"open": Method(), "draw": Method()})()
+                return type("Actor", (), {"open": Method(), "generate": Method()})()
 
         return lambda _: Kind()
 
@@ -152,12 +152,12 @@ class _Calls:
             self.batches.append(call.batch)
 
 
-def crew(calls: _Calls, folder: Path) -> ray_workers._Crew:
-    layout = ray_workers._Layout(workers=2, cpus=1, gpus=0)
-    return ray_workers._Crew(calls, layout, None, None, folder)  # type: ignore[arg-type]
+def crew(calls: _Calls, folder: Path) -> ray_sampler._Crew:
+    layout = ray_sampler._Layout(workers=2, cpus=1, gpus=0)
+    return ray_sampler._Crew(calls, layout, None, None, folder)  # type: ignore[arg-type]
 
 
-def test_every_batch_is_drawn_once_whoever_dies(tmp_path: Path) -> None:
+def test_every_image_is_generated_once_whoever_dies(tmp_path: Path) -> None:
     from synthkit.recipes.generation.plan import make_plan
 
     images = make_plan(GenerateSettings(per_class=5), {"a": "a"}, (), None).images()
@@ -165,15 +165,15 @@ def test_every_batch_is_drawn_once_whoever_dies(tmp_path: Path) -> None:
     calls = _Calls(deaths=4)
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "00000.png").write_bytes(b"")  # what the first to die had written
-    crew(calls, tmp_path).draw(batches, 5)
+    crew(calls, tmp_path).generate(batches, 5)
     assert sorted(image.index for batch in calls.batches for image in batch) == [1, 2, 3, 4]
 
 
-def test_workers_that_only_die_are_given_up(tmp_path: Path) -> None:
+def test_workers_that_only_die_are_an_error(tmp_path: Path) -> None:
     from synthkit.recipes.generation.plan import make_plan
 
     images = make_plan(GenerateSettings(per_class=5), {"a": "a"}, (), None).images()
     with pytest.raises(
-        EngineError, match=r"7 Ray workers died with nothing drawn in between \(the worker died\)"
+        EngineError, match=r"7 Ray workers died with nothing generated in between \(the worker died\)"
     ):
-        crew(_Calls(deaths=99), tmp_path).draw([images], 5)
+        crew(_Calls(deaths=99), tmp_path).generate([images], 5)

@@ -9,8 +9,8 @@ from PIL import Image
 
 from synthkit.data.images import ImageSet
 from synthkit.errors import WorkspaceError
-from synthkit.recipes.generation.plan import Planned, SetPlan, make_plan
-from synthkit.recipes.generation.rejections import REJECTED, Rounds, rejected_grids, rejected_images
+from synthkit.recipes.generation.plan import PlannedImage, SetPlan, make_plan
+from synthkit.recipes.generation.rejections import REJECTED, RejectionLog, rejected_grids, rejected_images
 from synthkit.recipes.settings import GenerateSettings
 
 
@@ -19,7 +19,7 @@ def plan() -> SetPlan:
     return make_plan(GenerateSettings(per_class=3), {"a": "letter a", "b": "letter b"}, (), None)
 
 
-def draw(folder: Path, images: list[Planned]) -> None:
+def write(folder: Path, images: list[PlannedImage]) -> None:
     for image in images:
         path = folder / image.file_name
         path.parent.mkdir(exist_ok=True)
@@ -27,57 +27,57 @@ def draw(folder: Path, images: list[Planned]) -> None:
             path.write_text(str(image.seed))
 
 
-def named(rounds: Rounds, *names: str) -> list[Planned]:
-    return [image for image in rounds.images if f"{image.name}{image.index}" in names]
+def named(rejections: RejectionLog, *names: str) -> list[PlannedImage]:
+    return [image for image in rejections.images if f"{image.name}{image.index}" in names]
 
 
-def test_rejected_images_make_room_for_their_next_attempt(plan: SetPlan, tmp_path: Path) -> None:
-    rounds = Rounds(tmp_path, plan, retries=1)
-    first = rounds.images
-    draw(tmp_path, first)
-    rounds.reject(named(rounds, "a1", "b0"), ["blank", "class"])
+def test_rejected_images_make_room_for_their_resamples(plan: SetPlan, tmp_path: Path) -> None:
+    rejections = RejectionLog(tmp_path, plan, retries=1)
+    first = rejections.images
+    write(tmp_path, first)
+    rejections.reject(named(rejections, "a1", "b0"), ["blank", "class"])
     assert (tmp_path / REJECTED / "blank" / "a-00001-0.png").read_text() == str(first[1].seed)
     assert (tmp_path / REJECTED / "class" / "b-00000-0.png").exists()
     assert not (tmp_path / "a" / "00001.png").exists()
-    assert [image.attempt for image in rounds.images] == [0, 1, 0, 1, 0, 0]
-    draw(tmp_path, rounds.images)
-    rounds.reject(named(rounds, "b0", "b2"), ["duplicate", "duplicate"])
-    draw(tmp_path, rounds.images)
-    assert [(image.name, image.index, image.attempt) for image in rounds.images] == [
+    assert [image.resample for image in rejections.images] == [0, 1, 0, 1, 0, 0]
+    write(tmp_path, rejections.images)
+    rejections.reject(named(rejections, "b0", "b2"), ["duplicate", "duplicate"])
+    write(tmp_path, rejections.images)
+    assert [(image.name, image.index, image.resample) for image in rejections.images] == [
         ("a", 0, 0),
         ("a", 1, 1),
         ("a", 2, 0),
         ("b", 1, 0),
         ("b", 2, 1),
     ]
-    assert rounds.totals() == {
-        "a": {"kept": 3, "redrawn": 1, "given_up": {}},
-        "b": {"kept": 2, "redrawn": 1, "given_up": {"duplicate": 1}},
+    assert {name: totals.to_json() for name, totals in rejections.totals().items()} == {
+        "a": {"kept": 3, "resampled": 1, "dropped": {}},
+        "b": {"kept": 2, "resampled": 1, "dropped": {"duplicate": 1}},
     }
 
 
 @pytest.mark.parametrize("moved", [0, 1, 2])
 def test_a_run_killed_between_verdict_and_move_goes_on(plan: SetPlan, tmp_path: Path, moved: int) -> None:
-    rounds = Rounds(tmp_path, plan, retries=2)
-    draw(tmp_path, rounds.images)
-    rounds.reject(named(rounds, "a0", "a1"), ["blank", "blank"])
+    rejections = RejectionLog(tmp_path, plan, retries=2)
+    write(tmp_path, rejections.images)
+    rejections.reject(named(rejections, "a0", "a1"), ["blank", "blank"])
     for one in ("a-00000-0", "a-00001-0")[moved:]:  # as if these had not been moved any more
         number = one.split("-")[1]
         (tmp_path / REJECTED / "blank" / f"{one}.png").rename(tmp_path / "a" / f"{number}.png")
-    again = Rounds(tmp_path, plan, retries=2)
-    assert again.images == rounds.images
+    again = RejectionLog(tmp_path, plan, retries=2)
+    assert again.images == rejections.images
     assert not (tmp_path / "a" / "00000.png").exists() and not (tmp_path / "a" / "00001.png").exists()
-    draw(tmp_path, again.images)
-    assert Rounds(tmp_path, plan, retries=2).images == again.images
-    assert (tmp_path / "a" / "00000.png").read_text() == str(again.images[0].seed), "the new attempt stays"
+    write(tmp_path, again.images)
+    assert RejectionLog(tmp_path, plan, retries=2).images == again.images
+    assert (tmp_path / "a" / "00000.png").read_text() == str(again.images[0].seed), "the new resample stays"
 
 
 def test_rejected_images_are_no_class(plan: SetPlan, tmp_path: Path) -> None:
-    rounds = Rounds(tmp_path, plan, retries=1)
-    for number, image in enumerate(rounds.images):
+    rejections = RejectionLog(tmp_path, plan, retries=1)
+    for number, image in enumerate(rejections.images):
         (tmp_path / image.name).mkdir(exist_ok=True)
         Image.new("RGB", (4, 4), (number, 0, 0)).save(tmp_path / image.file_name)
-    rounds.reject(named(rounds, "a1"), ["class"])
+    rejections.reject(named(rejections, "a1"), ["class"])
     assert ImageSet.scan(tmp_path).counts() == {"a": 2, "b": 3}
 
 
@@ -86,17 +86,17 @@ def test_a_broken_journal_is_named(plan: SetPlan, tmp_path: Path) -> None:
     for text in ("{", json.dumps([{"name": "a"}]), "3"):
         (tmp_path / REJECTED / "journal.json").write_text(text)
         with pytest.raises(
-            WorkspaceError, match=r"cannot read .*journal\.json; draw the set anew with --force"
+            WorkspaceError, match=r"cannot read .*journal\.json; generate the set anew with --force"
         ):
-            Rounds(tmp_path, plan, retries=1)
+            RejectionLog(tmp_path, plan, retries=1)
 
 
 def rejected_set(root: Path) -> Path:
     for name, colour in (("a-b", "red"), ("c", "lime")):
         (root / name).mkdir(parents=True)
         Image.new("RGB", (8, 8), colour).save(root / name / "00000.png")
-        for index, attempt in ((10, 0), (2, 1), (2, 0)):
-            path = root / ".rejected" / "class" / f"{name}-{index:05d}-{attempt}.png"
+        for index, resample in ((10, 0), (2, 1), (2, 0)):
+            path = root / ".rejected" / "class" / f"{name}-{index:05d}-{resample}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (8, 8), colour).save(path)
     (root / ".rejected" / "blank").mkdir()

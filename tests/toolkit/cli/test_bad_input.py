@@ -22,7 +22,7 @@ from synthkit.artifacts import workspace_lock
 from synthkit.cli import main
 from synthkit.diffusion import style_token as style
 from synthkit.errors import WorkspaceError
-from synthkit.recipes.generation import sampler as drawing
+from synthkit.recipes.generation import sampler
 from tests.stages import given
 from tests.tiny_students import colour_folders
 
@@ -241,7 +241,7 @@ def test_a_full_disk_loses_nothing(
 ) -> None:
     words = ["generate", "--real-dir", photos, "--per-class", "4", "--steps", "2", "--batch-size", "4"]
     written: list[str] = []
-    real = drawing.write_bytes
+    real = sampler.write_bytes
 
     def full_after_six(path: Path, content: bytes) -> None:
         if len(written) == 6:
@@ -250,13 +250,13 @@ def test_a_full_disk_loses_nothing(
         real(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(drawing, "write_bytes", full_after_six)
+        patch.setattr(sampler, "write_bytes", full_after_six)
         code, out, text = call(workspace, *words)
     assert (code, out) == (1, "") and text.count("\n") == 1
     assert "No space left on device" in text and "free some space" in text
     assert not (workspace / "synthetic").exists()
     code, out, text = call(workspace, *words)
-    assert code == 0 and "6 images drawn, 6 already there" in out, text
+    assert code == 0 and "6 images generated, 6 already there" in out, text
     other = tmp_path / "undisturbed"
     shutil.copytree(workspace / "engines", other / "engines")
     assert call(other, *words)[0] == 0 and drawn(other) == drawn(workspace)
