@@ -40,7 +40,8 @@ def run(tmp_path: Path, *command: str | Path) -> tuple[subprocess.CompletedProce
     (tmp_path / "site" / "sitecustomize.py").write_text(LOOKUPS)
     home = tmp_path / "home"
     home.mkdir()
-    quiet = ("TELEMETRY", "USAGE_STATS", "DO_NOT_TRACK", "XDG_", "HF_")
+    # Some libraries are quiet where CI is set.
+    quiet = ("TELEMETRY", "USAGE_STATS", "DO_NOT_TRACK", "XDG_", "HF_", "CI")
     environment = {name: value for name, value in os.environ.items() if not any(one in name for one in quiet)}
     path = os.pathsep.join(filter(None, [str(tmp_path / "site"), os.environ.get("PYTHONPATH")]))
     environment |= {"HOME": str(home), "PYTHONPATH": path}

@@ -11,6 +11,7 @@ take up again. This module knows no particular stage.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import functools
 import hashlib
@@ -24,7 +25,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import IO, Any, ClassVar, Protocol
 
 import synthkit
 from synthkit.config import keyed
@@ -430,7 +431,13 @@ def _replace(new: Path, out: Path) -> None:
 
 def write_json(path: Path, data: Any) -> None:
     """Write JSON data atomically: a reader sees the old file or the whole new one."""
-    write_bytes(path, (json.dumps(data, indent=2, default=str, ensure_ascii=False) + "\n").encode())
+    write_bytes(path, json_bytes(data, indent=2) + b"\n")
+
+
+def json_bytes(data: Any, *, indent: int | None = None) -> bytes:
+    """JSON data as UTF-8; a name that is no UTF-8 (half a surrogate pair) becomes JSON's own escape."""
+    text = json.dumps(data, indent=indent, default=str, ensure_ascii=False)
+    return text.encode(errors="backslashreplace")
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -455,6 +462,32 @@ def versions() -> dict[str, str]:
     return found
 
 
+# A file system without locks (some network mounts, FUSE) answers one of these.
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF}
+
+
+def lock(stream: IO[Any]) -> bool:
+    """Take an exclusive lock on an open file, without waiting; it is given back when the file is closed.
+
+    Returns:
+        False where the file system has no locks: the work is done, and a second run would not be noticed.
+
+    Raises:
+        BlockingIOError: another process holds the lock.
+    """
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        log.warning(
+            "%s lies on a file system without locks (%s); do not start a second run there meanwhile",
+            *(stream.name, error.strerror),
+        )
+        return False
+    return True
+
+
 @contextmanager
 def workspace_lock(workspace: Path) -> Iterator[None]:
     """Hold a workspace for one run.
@@ -471,7 +504,7 @@ def workspace_lock(workspace: Path) -> Iterator[None]:
         ) from None
     with stream:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(stream)
         except BlockingIOError:
             raise WorkspaceError(
                 f"another run is using the workspace {workspace}; wait for it "

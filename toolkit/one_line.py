@@ -36,8 +36,14 @@ class OneLineErrors(click.Command):
             text = _missing_extra(error)
         except OSError as error:
             text = _disk_problem(error)
-        click.echo(f"error: {' '.join(text.split())}", err=True)
+        click.echo(f"error: {one_line(text)}", err=True)
         raise SystemExit(1)
+
+
+def one_line(text: str) -> str:
+    """A message without line breaks; blanks in names stay, and what a console would obey is escaped."""
+    line = " ".join(part.strip() for part in text.splitlines() if part.strip())
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in line)
 
 
 def _missing_extra(error: ModuleNotFoundError) -> str:
@@ -56,6 +62,8 @@ _USER_FIXABLE = {
     errno.EPERM: "change its permissions or name another folder",
     errno.ENOTDIR: "a file stands where a folder is needed: name another folder",
     errno.ENAMETOOLONG: "name a folder with a shorter path",
+    errno.ELOOP: "links lead in a circle: name another folder",
+    errno.ESTALE: "the file system was changed meanwhile: run the command again",
     errno.EIO: "the disk or its connection has a fault: check it, or name another folder",
 }
 

@@ -416,6 +416,26 @@ def test_a_workspace_takes_one_run_at_a_time(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF])
+def test_where_there_are_no_locks_the_work_is_done_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    def flock(_stream: Any, _how: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with workspace_lock(tmp_path / "work"):
+        pass
+    assert "file system without locks" in caplog.text
+
+
+def test_a_name_that_is_no_utf8_stays_json(tmp_path: Path) -> None:
+    name = os.fsdecode(b"Gr\xfcn \xe2\x82\xac")
+    artifacts.write_json(tmp_path / "data.json", {"name": name})
+    content = (tmp_path / "data.json").read_text(encoding="utf-8")
+    assert "€" in content and json.loads(content) == {"name": name}
+
+
 def test_a_workspace_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with (

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import os
 import sys
 import typing
@@ -20,7 +19,7 @@ from typing import Any
 
 import click
 
-from synthkit.artifacts import Stage, plan_stages
+from synthkit.artifacts import Stage, json_bytes, plan_stages
 from synthkit.config import Given, gather
 from synthkit.recipes.settings import SECTIONS
 
@@ -52,7 +51,8 @@ def command(name: str) -> Callable[[Function], click.Command]:
         def run(workspace: Path, /, as_json: bool, own_workspace: Path | None, **options: Any) -> None:
             with _stdout_for_the_answer_alone():
                 output = function(own_workspace or workspace, **options)
-            click.echo(json.dumps(output.data, ensure_ascii=False, default=str) if as_json else output.text)
+            # In UTF-8 whatever the console's encoding is, for JSON must be; text as far as the console goes.
+            click.echo(json_bytes(output.data) if as_json else printable(output.text))
             if not output.ok:
                 raise SystemExit(1)
 
@@ -77,6 +77,12 @@ def _place_in_help(parameter: click.Parameter) -> int:
     return 2 + common.index(parameter.name) if parameter.name in common else int(
         isinstance(parameter, SettingOption)
     )
+
+
+def printable(text: str) -> str:
+    """A text that the console can encode, with escapes for what it cannot."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 @contextlib.contextmanager

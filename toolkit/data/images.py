@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import io
 import logging
-import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,14 +20,14 @@ import numpy as np
 from PIL import Image
 
 from synthkit import standalone
-from synthkit.artifacts import digest, is_intact, list_outputs, read_manifest
+from synthkit.artifacts import digest, file_sha256, is_intact, read_manifest
 from synthkit.config import read_toml
+from synthkit.data.folders import class_folders, list_images
 from synthkit.errors import BadImages, ConfigError, DataError, ModelError, abridged, nearest
 
 log = logging.getLogger(__name__)
 
 CLASS_WORDS = "classes.toml"
-_NO_IMAGES = (CLASS_WORDS, "metadata.jsonl", "manifest.json", "thumbs.db", "desktop.ini")
 
 
 @dataclass(frozen=True)
@@ -135,21 +134,30 @@ class ImageSet:
             DataError: the folder is missing, empty, has too few classes or a class without images, or one
                 image lies in two classes.
         """
-        folders = _class_folders(root, fewest)
-        entries = _entries_of_stage(root)
-        files = [
-            item for label, name in enumerate(folders) for item in _labelled(folders[name], label, entries)
-        ]
-        everything = cls._of(root, folders, files)
-        if entries is not None or everything.digest in known:
-            return everything
-        failures = [(item.path, reason) for item in files if (reason := _unreadable(item.path))]
+        classes = class_folders(root, fewest)
+        if (entries := _entries_of_stage(root)) is not None:
+            return cls._of(root, classes, _of_stage(root, classes, entries))
+        listed = {name: [list_images(folder) for folder in classes[name]] for name in classes}
+        everything = [one for several in listed.values() for one in several]
+        _tell_left_out(root, [path for listing in everything for path in listing.left_out])
+        failures = [failure for listing in everything for failure in listing.failures]
+        files: list[LabelledImage] = []
+        for label, listings in enumerate(listed.values()):
+            for path in (path for listing in listings for path in listing.images):
+                try:
+                    files.append(LabelledImage(path, label, file_sha256(path)))
+                except OSError as error:
+                    failures.append((path, f"cannot be read: {error.strerror}"))
+        whole = cls._of(root, classes, files)
+        if not failures and whole.digest in known:
+            return whole
+        failures += [(item.path, reason) for item in files if (reason := _unreadable(item.path))]
         if failures and not skip_bad:
             raise BadImages(failures)
         if failures:
             log.warning("left out %d unreadable file(s): %s", len(failures), _list_failures(failures))
         bad = {path for path, _ in failures}
-        found = cls._of(root, folders, [item for item in files if item.path not in bad])
+        found = cls._of(root, classes, [item for item in files if item.path not in bad])
         _refuse_empty_classes(found)
         _refuse_contradictions(found)
         return found
@@ -214,66 +222,22 @@ class ImageSet:
         return ImageSet(self.root, tuple(classes), tuple(items))
 
 
-def _class_folders(root: Path, fewest: int) -> dict[str, list[Path]]:
-    """Class name -> its folders, in the order of the names."""
-    if not root.exists():
-        raise DataError(f"no folder {root}; give a folder that holds one folder of images per class")
-    if not root.is_dir():
-        raise DataError(f"{root} is a file; give a folder that holds one folder of images per class")
-    entries = sorted(path for path in root.iterdir() if not path.name.startswith("."))
-    folders: dict[str, list[Path]] = {}
-    for path in entries:
-        if path.is_dir():  # macOS writes decomposed letters, others composed ones; a class has one name
-            folders.setdefault(unicodedata.normalize("NFC", path.name), []).append(path)
-    _refuse_few_folders(root, entries, folders, fewest)
-    return dict(sorted(folders.items()))
-
-
 def _entries_of_stage(root: Path) -> dict[str, dict[str, Any]] | None:
     """Relative path -> entry of the manifest, where a stage has written the folder and nobody touched it."""
     manifest = read_manifest(root)
     return manifest.outputs if manifest and is_intact(root, manifest) else None
 
 
-def _labelled(
-    folders: Sequence[Path], label: int, entries: Mapping[str, Mapping[str, Any]] | None
+def _of_stage(
+    root: Path, classes: Mapping[str, Sequence[Path]], entries: Mapping[str, Mapping[str, Any]]
 ) -> list[LabelledImage]:
-    found = []
-    for folder in folders:
-        if entries is None:
-            here = list_outputs(folder)
-        else:
-            prefix = f"{folder.name}/"
-            here = {
-                name.removeprefix(prefix): dict(entry)
-                for name, entry in entries.items()
-                if name.startswith(prefix)
-            }
-        found += [
-            LabelledImage(folder / name, label, str(entry["sha256"]))
-            for name, entry in here.items()
-            if Path(name).name.lower() not in _NO_IMAGES
-        ]
-    return found
-
-
-def _refuse_few_folders(
-    root: Path, entries: Sequence[Path], folders: Mapping[str, list[Path]], fewest: int
-) -> None:
-    loose = [path for path in entries if path.is_file() and path.name.lower() not in _NO_IMAGES]
-    if not folders and loose:
-        raise DataError(
-            f"{root} holds {len(loose)} file(s) such as {loose[0].name} but no class folder; "
-            "put the images of each class into a folder named after it"
-        )
-    if not folders:
-        raise DataError(f"{root} is empty; put the images of each class into a folder named after it")
-    if len(folders) < fewest:
-        only = next(iter(folders))
-        raise DataError(f"{root} has one class only, {only!r}; a classifier needs at least two class folders")
-    broken = [name for name in folders if len(name.splitlines()) != 1]
-    if broken:
-        raise DataError(f"the folder name {broken[0]!r} in {root} holds a line break; rename the folder")
+    """The images of an intact stage folder, by its manifest alone."""
+    labels = {path.name: label for label, paths in enumerate(classes.values()) for path in paths}
+    return [
+        LabelledImage(root / name, labels[folder], str(entry["sha256"]))
+        for name, entry in entries.items()
+        if (folder := name.partition("/")[0]) in labels
+    ]
 
 
 def _refuse_empty_classes(images: ImageSet) -> None:
@@ -296,6 +260,12 @@ def _refuse_contradictions(images: ImageSet) -> None:
             f"{len(pairs)} image(s) of {images.root} lie in two classes: {abridged(pairs, 5, '; ')}; "
             "remove the wrong one of each pair"
         )
+
+
+def _tell_left_out(root: Path, paths: Sequence[Path]) -> None:
+    if paths:
+        names = abridged([str(path.relative_to(root)) for path in paths], 3, ", ")
+        log.info("%s: left out %d file(s) that are no images: %s", root, len(paths), names)
 
 
 def _unreadable(path: Path) -> str:

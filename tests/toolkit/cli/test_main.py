@@ -154,6 +154,37 @@ cli.main()
 """
 
 
+ODD = """
+import os, sys
+from synthkit import cli
+from synthkit.cli import options
+from synthkit.errors import DataError
+name = os.fsdecode(b"Gr\\xfcn  \\x1b[31m")
+def function(workspace):
+    if "fail" in str(workspace):
+        raise DataError(f"no folder {name}\\nat all")
+    return options.Output({"path": name}, f"{name} €")
+cli.LazyGroup.get_command = lambda *args: options.command("verify")(function)
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("encoding", ["utf-8:strict", "ascii:strict", "latin-1:strict"])
+def test_names_in_any_bytes_on_consoles_of_any_encoding(encoding: str) -> None:
+    def run(*words: str) -> subprocess.CompletedProcess[bytes]:
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        command = [sys.executable, "-c", ODD, *words]
+        return subprocess.run(command, capture_output=True, env=environment, check=False)
+
+    done = run("verify", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.decode("utf-8")) == {"path": "Gr\udcfcn  \x1b[31m"}
+    assert run("verify").returncode == 0
+    failed = run("--workspace", "fail", "verify")
+    assert failed.returncode == 1 and failed.stderr.count(b"\n") == 1, failed.stderr
+    assert failed.stderr.decode(errors="replace") == "error: no folder Gr\\udcfcn  \\x1b[31m at all\n"
+
+
 def test_json_is_the_only_thing_on_stdout() -> None:
     done = subprocess.run(
         [sys.executable, "-c", NOISY, "verify", "--json"], capture_output=True, text=True, check=True
