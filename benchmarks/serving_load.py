@@ -32,7 +32,6 @@ import click
 import numpy as np
 from PIL import Image, ImageDraw
 
-from synthkit import standalone
 from synthkit.artifacts import write_json
 from synthkit.engines.bundle.format import Bundle
 from synthkit.errors import EngineError
@@ -207,10 +206,8 @@ def load(bundle: Path, requests: int, clients: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         paths = sample_images(Path(scratch))
         opened = Bundle.open(bundle)
-        confidence = standalone.read_confidence(bundle)
         # One image at a time, as in the service.
-        ranked = [opened.classify([path], len(opened.labels))[0] for path in paths]
-        expected = [standalone.decided(scores, confidence, _TOP) for scores in ranked]
+        expected = [opened.predict(path, _TOP)[0].to_json() for path in paths]
         files = [path.read_bytes() for path in paths]
     observed = Observed()
     with running_service(bundle) as (port, process):

@@ -21,11 +21,11 @@ from synthkit.artifacts import StageResult, recorded_inputs, run_stage, workspac
 from synthkit.config import Given
 from synthkit.data.images import ImageSet, class_synonyms
 from synthkit.data.splits import check_disjoint
-from synthkit.engines.bundle.format import Bundle
 from synthkit.errors import ConfigError
 from synthkit.recipes.build_engines import BuildEngines, engine_list
 from synthkit.recipes.chain import Chain, ChainSettings, Workspace
-from synthkit.recipes.device.evaluate import evaluate_bundle
+from synthkit.recipes.device.bundle import Bundle
+from synthkit.recipes.device.evaluate import Evaluation, evaluate_bundle
 from synthkit.recipes.exporting.export import Export, Images
 from synthkit.recipes.generation.generate import Generate
 from synthkit.recipes.learn_style import TOKEN_FILE
@@ -67,12 +67,12 @@ class AdaptResult:
     steps: int
     cross_validation: Sequence[Mapping[str, Any]]
     seconds: float
-    evaluation: Mapping[str, Any] | None = None
+    evaluation: Evaluation | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object of `synthkit adapt --json`; an evaluation's figures stand beside the others."""
         data = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "evaluation"}
-        return {**(self.evaluation or {}), **data, "bundle": str(self.bundle)}
+        return {**(self.evaluation.to_json() if self.evaluation else {}), **data, "bundle": str(self.bundle)}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from typing import Any
 
 from PIL import Image
 
-from synthkit import standalone
 from synthkit.engines.bundle.format import Bundle
 from synthkit.recipes.serving.app import Service, listen, make_server
 from synthkit.recipes.serving.live_bundle import LiveBundle
@@ -68,6 +67,5 @@ def predicted(bundle: Path, image: bytes, tmp_path: Path, top: int) -> dict[str,
     """What `synthkit predict` says of the same file."""
     (tmp_path / "photo").write_bytes(image)
     opened = Bundle.open(bundle)
-    (one,) = opened.classify([tmp_path / "photo"], len(opened.labels))
-    found = standalone.decided(one, standalone.read_confidence(bundle), top)
-    return {name: value for name, value in found.items() if name != "path"}
+    (found,) = opened.predict(tmp_path / "photo", top)
+    return {name: value for name, value in found.to_json().items() if name != "path"}

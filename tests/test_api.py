@@ -69,7 +69,7 @@ def test_from_a_folder_to_a_prediction(tiny_model: Path, tmp_path: Path) -> None
     }
     result = synthkit.adapt(photos, test_dir=test, workspace=tmp_path / "w", **settings)  # type: ignore[arg-type]
     assert set(result.stages.values()) == {"done"} and len(result.stages) == 6
-    assert result.evaluation and 0 <= result.evaluation["top1"] <= 1
+    assert result.evaluation and 0 <= result.evaluation.top1 <= 1
     assert json.loads(json.dumps(result.to_json()))["strategy"] == result.strategy
     del settings["engines"]  # the workspace's
     again = synthkit.adapt(str(photos), workspace=str(tmp_path / "w"), **settings)  # type: ignore[arg-type]

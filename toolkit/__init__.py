@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from synthkit.data.images import ImageSet as ImageSet
-    from synthkit.engines.bundle.format import Bundle as Bundle
     from synthkit.recipes.api import adapt as adapt
     from synthkit.recipes.api import build_engines as build_engines
     from synthkit.recipes.api import export as export
     from synthkit.recipes.api import generate as generate
+    from synthkit.recipes.device.bundle import Bundle as Bundle
     from synthkit.recipes.settings import AdaptSettings as AdaptSettings
     from synthkit.recipes.settings import EngineSettings as EngineSettings
     from synthkit.recipes.settings import ExportSettings as ExportSettings
@@ -43,7 +43,7 @@ for _name, _value in (
 
 _WHERE = {
     **dict.fromkeys(("adapt", "build_engines", "export", "generate"), "synthkit.recipes.api"),
-    "Bundle": "synthkit.engines.bundle.format",
+    "Bundle": "synthkit.recipes.device.bundle",
     "ImageSet": "synthkit.data.images",
     **dict.fromkeys(
         (

@@ -74,11 +74,19 @@ def _decode(source: str | Path | IO[bytes]) -> Image.Image:
             raise UnusableImage(
                 f"{image.width}x{image.height} pixels, one side over {_MOST_ELONGATED} times the other"
             )
-        ImageOps.exif_transpose(image, in_place=True)
-        return _to_rgb(image)
+        return as_seen(image)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def as_seen(image: Image.Image) -> Image.Image:
+    """An image as a person sees it: upright, RGB, 8 bit, transparency on white.
+
+    Args:
+        image: loaded, in any mode; it may be turned in place.
+
+    Raises:
+        UnusableImage: its pixel values fit neither 8 nor 16 bits.
+    """
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return Image.fromarray(_eight_bits(np.asarray(image), image.mode)).convert("RGB")
     if "transparency" not in image.info and image.mode not in ("RGBA", "LA", "PA"):

@@ -12,19 +12,22 @@
     build_engine.sh   the trtexec line per TensorRT generation
     target/           the files that another system expects, where one was asked for
 
-A bundle that fails a check is refused, not used. This module runs on the device: it never imports torch.
+A bundle that fails a check is refused, not used; a file that somebody put beside it does no harm. This module
+runs on the device: it never imports torch.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 from zipfile import BadZipFile
 
 import numpy as np
+from PIL import Image
 
 import synthkit
 from synthkit import standalone
@@ -32,10 +35,11 @@ from synthkit.artifacts import MANIFEST, digest, list_outputs, write_bytes, writ
 from synthkit.data.images import Preprocessing
 from synthkit.engines.bundle.build_script import write_build_script
 from synthkit.engines.bundle.replay_buffer import replay_buffer_failures
-from synthkit.engines.runtime.onnx_header import read_metadata, read_opset
-from synthkit.engines.runtime.session import Session, open_session
+from synthkit.engines.runtime.session import OrtSession, open_session
 from synthkit.engines.runtime.tensor_spec import TensorSpec, spec_from_json
-from synthkit.errors import BadImages, BundleError, EngineError
+from synthkit.errors import BadImages, BundleError, DataError, EngineError
+
+log = logging.getLogger(__name__)
 
 SCHEMA = 2
 FACTS = "bundle.json"
@@ -45,6 +49,9 @@ MODEL = FILES[FP32]
 INPUT, OUTPUT = "image", "logits"
 
 _GOLDEN_AT_MOST = 8
+
+ImageLike: TypeAlias = "str | Path | Image.Image | np.ndarray"
+AnyBundle = TypeVar("AnyBundle", bound="Bundle")
 
 
 @dataclass(frozen=True)
@@ -104,6 +111,51 @@ class ModelFacts:
 
 
 @dataclass(frozen=True)
+class Prediction:
+    """The answer for one image.
+
+    Attributes:
+        label: the most likely class, or "unknown" where the score is below the bundle's threshold.
+        score: probability of the most likely class, 0..1.
+        top: the most likely classes with their probabilities, best first.
+        path: the image's file; None for an image that came from none.
+        set: labels that are likely enough to be the right one; None where the bundle gives no sets.
+    """
+
+    label: str
+    score: float
+    top: tuple[tuple[str, float], ...]
+    path: str | None = None
+    set: tuple[str, ...] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """One entry of "predictions" in the answer of `synthkit predict --json`."""
+        data: dict[str, Any] = {"path": self.path, "label": self.label, "score": self.score}
+        data["top"] = [list(pair) for pair in self.top]
+        return data if self.set is None else {**data, "set": list(self.set)}
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """The answer of a check.
+
+    Attributes:
+        failures: each thing that is wrong with a bundle, as a phrase.
+    """
+
+    failures: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """True if the bundle is whole and computes what it should."""
+        return not self.failures
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object of `synthkit verify --json`."""
+        return {"ok": self.ok, "failures": list(self.failures)}
+
+
+@dataclass(frozen=True)
 class Bundle:
     """An opened bundle.
 
@@ -121,11 +173,13 @@ class Bundle:
     preprocessing: Preprocessing
     facts: Mapping[str, Any]
     precision: str
-    session: Session
+    session: OrtSession
 
     @classmethod
-    def open(cls, folder: Path, precision: str | None = None) -> Bundle:
+    def open(cls: type[AnyBundle], folder: str | Path, precision: str | None = None) -> AnyBundle:
         """Check a bundle and load one of its models.
+
+        A file that does not belong to the bundle is told as a warning; `verify` fails on it.
 
         Args:
             folder: the bundle.
@@ -135,6 +189,7 @@ class Bundle:
             BundleError: names what is missing, altered or wrong, or the bundle holds no such precision.
             MissingExtra: onnxruntime is not installed.
         """
+        folder = Path(folder)
         facts = read_facts(folder)
         chosen = precision or facts["default_precision"]
         if chosen not in facts["precisions"]:
@@ -144,11 +199,17 @@ class Bundle:
             )
         failures = _file_failures(folder, facts)
         if not failures:
-            bundle = _load(folder, facts, chosen)
+            bundle = _load(cls, folder, facts, chosen)
             failures = _model_failures(bundle)
         if failures:
             raise BundleError(f"{folder} cannot be used: {'; '.join(failures)}; export or copy it again")
+        if foreign := _foreign_files(folder, facts):
+            log.warning("%s: %s", folder, "; ".join(foreign))
         return bundle
+
+    def verify(self) -> VerifyResult:
+        """Check that every file of the bundle is whole and every model computes what it should."""
+        return VerifyResult(tuple(verify(self.folder)))
 
     def logits(self, inputs: np.ndarray) -> np.ndarray:
         """Logits, float32 [N, classes].
@@ -158,17 +219,56 @@ class Bundle:
         """
         return standalone.in_batches(lambda batch: self.session.run({INPUT: batch})[OUTPUT], inputs)
 
-    def classify(self, paths: Sequence[Path], top: int = 1) -> list[dict[str, Any]]:
-        """Path, label, score and the most likely labels of every image file.
+    def predict(self, images: ImageLike | Iterable[ImageLike], top: int = 3) -> list[Prediction]:
+        """Classify images.
+
+        Args:
+            images: one or several; each a file, a Pillow image, or an array uint8 [height, width, 3] in RGB.
+            top: number of labels in "top".
 
         Raises:
             BadImages: names every file that cannot be read.
+            DataError: an array is no image.
         """
-        inputs, failures = standalone.read_inputs(paths, self.preprocessing.to_json())
+        given = [images] if isinstance(images, (str, Path, Image.Image, np.ndarray)) else list(images)
+        inputs, failures = [], []
+        for image in given:
+            try:
+                inputs.append(self.preprocessing(_picture(image)))
+            except standalone.UnusableImage as error:
+                failures.append((Path(str(image)), str(error)))
         if failures:
             raise BadImages(failures)
-        rows = zip(paths, self.logits(inputs), strict=True)
-        return [standalone.prediction(path, logits, self.labels, top) for path, logits in rows]
+        if not inputs:
+            return []
+        confidence, count = standalone.read_confidence(self.folder), len(self.labels)
+        predictions = []
+        for image, logits in zip(given, self.logits(np.stack(inputs)), strict=True):
+            ranked = standalone.prediction("", logits, self.labels, count)
+            answer = standalone.decided(ranked, confidence, top)
+            predictions.append(
+                Prediction(
+                    answer["label"],
+                    answer["score"],
+                    tuple((label, score) for label, score in answer["top"]),
+                    str(image) if isinstance(image, (str, Path)) else None,
+                    tuple(answer["set"]) if "set" in answer else None,
+                )
+            )
+        return predictions
+
+
+def _picture(image: ImageLike) -> Image.Image:
+    if isinstance(image, (str, Path)):
+        return standalone.open_image(image)
+    if isinstance(image, Image.Image):
+        return standalone.as_seen(image.copy())
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape[2:] != (3,):
+        kind = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise DataError(
+            f"an image is a file, a Pillow image or an array uint8 [height, width, 3], not {kind}"
+        )
+    return Image.fromarray(image)
 
 
 @dataclass(frozen=True)
@@ -260,7 +360,7 @@ def verify(folder: Path) -> list[str]:
     """
     try:
         facts = read_facts(folder)
-        return _file_failures(folder, facts) or [
+        return [*_file_failures(folder, facts), *_foreign_files(folder, facts)] or [
             *_confidence_failures(folder),
             *replay_buffer_failures(folder, facts["precisions"], int(facts["output"]["shape"][1])),
             *(
@@ -284,7 +384,7 @@ def _confidence_failures(folder: Path) -> list[str]:
 
 def _precision_failures(folder: Path, facts: Mapping[str, Any], precision: str) -> list[str]:
     try:
-        return _model_failures(_load(folder, facts, precision))
+        return _model_failures(_load(Bundle, folder, facts, precision))
     except BundleError as error:
         return [str(error)]
 
@@ -325,10 +425,15 @@ def _file_failures(folder: Path, facts: Mapping[str, Any]) -> list[str]:
         f"{name} is missing" if name not in present else f"{name} was altered"
         for name in stated
         if stated[name] != present.get(name)
-    ] + [f"{name} does not belong to it" for name in present if name not in stated]
+    ]
 
 
-def _load(folder: Path, facts: Mapping[str, Any], precision: str) -> Bundle:
+def _foreign_files(folder: Path, facts: Mapping[str, Any]) -> list[str]:
+    names = (name for name in list_outputs(folder) if not _is_no_part(name))
+    return [f"{name} does not belong to it" for name in names if name not in facts["files"]]
+
+
+def _load(cls: type[AnyBundle], folder: Path, facts: Mapping[str, Any], precision: str) -> AnyBundle:
     labels = tuple(standalone.read_labels(folder))
     try:
         preprocessing = Preprocessing.from_timm(json.loads((folder / "preprocess.json").read_text("utf-8")))
@@ -340,7 +445,7 @@ def _load(folder: Path, facts: Mapping[str, Any], precision: str) -> Bundle:
         session = open_session(path, exact_int8=stated["target"] == "tensorrt")
     except EngineError as error:
         raise BundleError(f"{path} cannot be loaded: {error}") from None
-    return Bundle(folder, labels, preprocessing, facts, precision, session)
+    return cls(folder, labels, preprocessing, facts, precision, session)
 
 
 def _model_failures(bundle: Bundle) -> list[str]:
@@ -354,20 +459,13 @@ def _model_failures(bundle: Bundle) -> list[str]:
         ]
     if len(bundle.labels) != gives.shape[1]:
         return [f"labels.txt holds {len(bundle.labels)} names, {file} has {gives.shape[1]} logits"]
-    return _opset_failures(bundle) + _metadata_failures(bundle) + _golden_failures(bundle)
-
-
-def _opset_failures(bundle: Bundle) -> list[str]:
-    stated = bundle.facts["precisions"][bundle.precision]
-    found = read_opset(bundle.folder / stated["file"])
-    agree = found == stated["opset"]
-    return [] if agree else [f"{stated['file']} has opset {found}, {FACTS} states {stated['opset']}"]
+    return _metadata_failures(bundle) + _golden_failures(bundle)
 
 
 def _metadata_failures(bundle: Bundle) -> list[str]:
     """The same facts stand in the model, for tools that read nothing else of the bundle."""
     file = bundle.facts["precisions"][bundle.precision]["file"]
-    texts = read_metadata(bundle.folder / file)
+    texts = bundle.session.metadata
     names, preprocessing = (json.loads(texts.get(key, "null")) for key in ("names", "preprocess"))
     stated = json.loads((bundle.folder / "preprocess.json").read_text("utf-8"))
     failures = []

@@ -68,6 +68,7 @@ class OrtSession:
 
     Attributes:
         device: where `bind` takes its tensors, as torch names it: "cpu" or "cuda".
+        metadata: key -> text of the file's own metadata.
     """
 
     def __init__(self, session: Any, provider: str, label: str) -> None:
@@ -77,6 +78,7 @@ class OrtSession:
         self.device = _DEVICES[provider]
         self.inputs = tuple(_spec(node) for node in session.get_inputs())
         self.outputs = tuple(_spec(node) for node in session.get_outputs())
+        self.metadata: Mapping[str, str] = dict(session.get_modelmeta().custom_metadata_map)
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Compute every output; see `Session.run`."""

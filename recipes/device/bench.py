@@ -253,7 +253,7 @@ def first_answer(folder: str, precision: str, threads: str, photo: str) -> dict[
         photo: an image file.
     """
     os.environ["OMP_NUM_THREADS"] = threads
-    Bundle.open(Path(folder), precision).classify([Path(photo)])
+    Bundle.open(Path(folder), precision).predict(Path(photo))
     return {"answered_at": time.monotonic(), "resident_bytes": resident_bytes("self")}
 
 

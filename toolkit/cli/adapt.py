@@ -94,4 +94,4 @@ def _lines(result: AdaptResult) -> Iterator[str]:
         yield describe(result.cross_validation)
     yield f"bundle: {result.bundle}"
     if result.evaluation:
-        yield f"top-1 on {result.evaluation['n_test']} test images: {result.evaluation['top1']:.3f}"
+        yield f"top-1 on {result.evaluation.n_test} test images: {result.evaluation.top1:.3f}"

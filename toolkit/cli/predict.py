@@ -28,8 +28,5 @@ def command(workspace: Path, bundle: Path | None, top: int, images: tuple[Path, 
 
     folder = bundle or workspace / "bundle"
     find_again(folder)
-    opened = Bundle.open(folder)
-    confidence = standalone.read_confidence(folder)
-    ranked = opened.classify(images, len(opened.labels))
-    found = [standalone.decided(one, confidence, top) for one in ranked]
-    return options.Output({"predictions": found}, standalone.as_text(found))
+    predictions = [one.to_json() for one in Bundle.open(folder).predict(images, top)]
+    return options.Output({"predictions": predictions}, standalone.as_text(predictions))

@@ -17,9 +17,8 @@ def command(workspace: Path, bundle: Path) -> options.Output:
     \b
     Example: synthkit rollback ./bundle
     """
-    from synthkit.engines.bundle.versions import rollback
+    from synthkit.recipes.device.bundle import rollback_bundle
 
-    before, now = rollback(bundle)
-    data = {"outcome": "rolled back", "bundle": str(bundle), "from_version": before, "version": now}
-    text = f"{bundle}: from version {before} to {now}; the same command goes forward again"
-    return options.Output(data, text)
+    result = rollback_bundle(bundle)
+    text = f"{bundle}: from version {result.from_version} to {result.version}"
+    return options.Output(result.to_json(), f"{text}; the same command goes forward again")

@@ -19,13 +19,13 @@ def command(workspace: Path, bundle: Path | None) -> options.Output:
     \b
     Example: synthkit verify --bundle ./bundle
     """
-    from synthkit.engines.bundle.format import verify
+    from synthkit.engines.bundle.format import VerifyResult, verify
     from synthkit.engines.bundle.versions import find_again
 
     folder = bundle or workspace / "bundle"
     find_again(folder)
-    failures = verify(folder)
+    result = VerifyResult(tuple(verify(folder)))
     text = f"{folder}: whole, and its golden outputs come out as they should"
-    if failures:
-        text = "\n".join(f"{folder}: {failure}" for failure in failures)
-    return options.Output({"ok": not failures, "failures": failures}, text, ok=not failures)
+    if not result.ok:
+        text = "\n".join(f"{folder}: {failure}" for failure in result.failures)
+    return options.Output(result.to_json(), text, ok=result.ok)

@@ -17,7 +17,7 @@ from synthkit.engines.bundle.format import Bundle, read_facts, seal, verify
 from synthkit.engines.bundle.head import fill_replay_buffer
 from synthkit.engines.bundle.replay_buffer import REPLAY_BUFFER
 from synthkit.engines.bundle.versions import previous_of
-from synthkit.errors import BundleError, DataError
+from synthkit.errors import BundleError, ConfigError, DataError
 from synthkit.recipes.device import update
 from synthkit.recipes.device.update import (
     KEPT,
@@ -320,3 +320,23 @@ def test_a_version_that_fails_its_check_is_not_installed(
         run(folder, photos(tmp_path / "new"))
     assert list_outputs(folder) == state
     assert [path.name for path in folder.parent.iterdir() if not path.name.endswith(".lock")] == ["bundle"]
+
+
+def test_the_public_bundle_learns_goes_back_and_stays_what_it_is(folder: Path, tmp_path: Path) -> None:
+    import synthkit
+
+    shown = coloured_photos(tmp_path / "new", CLASSES, 4)
+    test = coloured_photos(tmp_path / "test", CLASSES, 4, seed=1)
+    bundle = synthkit.Bundle.open(str(folder))
+    before = bundle.evaluate(test)
+    tried = bundle.update(shown, test_dir=test, dry_run=True)
+    assert tried.outcome == WOULD_UPDATE and tried.version == 1
+    updated = bundle.update(str(shown), test_dir=str(test))
+    assert (updated.outcome, updated.version) == (UPDATED, 2) and updated.held_out and updated.test
+    assert updated.test.top1_before == before.top1 < updated.test.top1
+    assert synthkit.Bundle.open(folder).evaluate(test).top1 == updated.test.top1
+    assert bundle.facts["version"] == 1
+    back = bundle.rollback()
+    assert (back.from_version, back.version) == (2, 1) and bundle.verify().ok
+    with pytest.raises(ConfigError, match=r"error 0 must lie between 0 and 1"):
+        bundle.update(shown, max_error=0)

@@ -115,7 +115,7 @@ def test_evaluate_measures_unknown_answers_and_sets(workspace: Path, tmp_path: P
     sets = measured["sets"]
     assert sets["mean_size"] == pytest.approx(np.mean([len(one["set"]) for one in found]))
     hits = [true in one["set"] for one, true in zip(found, truth, strict=True)]
-    assert sets["coverage"] == pytest.approx(np.mean(hits)) and sets["minimum"] == minimum
+    assert sets["coverage"] == pytest.approx(np.mean(hits)) and sets["threshold"] == minimum
     assert sets["empty"] == sum(not one["set"] for one in found)
     text = call(own, "evaluate", "--test-dir", test).stdout
     assert '(10 "unknown")' in text and "labels hold the right one in" in text
