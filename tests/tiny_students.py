@@ -78,9 +78,10 @@ def colour_folders(root: Path, classes: Sequence[str], each: int = 4, seed: int 
 
 
 def tiny_bundle(folder: Path, trained_on: Sequence[str] = (), seed: int = 0) -> Path:
+    from synthkit.engines.bundle.format import Accuracy
     from synthkit.recipes.exporting.export import export_student_bundle
 
     folder.mkdir(parents=True)
     provenance = {"trained_on": list(trained_on), "path": "last layer"}
-    export_student_bundle(tiny_student(seed), noise(), provenance, {"top1": 0.5, "n_test": 6}, folder)
+    export_student_bundle(tiny_student(seed), noise(), provenance, Accuracy(0.5, 6), folder)
     return folder

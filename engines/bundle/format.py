@@ -88,15 +88,71 @@ _MADE_BY_USE = (".plan", ".engine", ".pyc")  # of build_engine.sh, and of import
 
 
 @dataclass(frozen=True)
+class Parity:
+    """Comparison of a model's logits with those of a reference on the same images.
+
+    Attributes:
+        max_abs_error: largest absolute difference of a logit.
+        top1_agreement: fraction of the images with the same top-1.
+        images: number of images.
+        against: the reference, where it is not the torch student.
+        tolerance: largest difference that was allowed.
+        relative_error: `max_abs_error` as a fraction of the reference's largest absolute logit.
+        finite: every logit is finite.
+    """
+
+    max_abs_error: float
+    top1_agreement: float
+    images: int
+    against: str | None = None
+    tolerance: float | None = None
+    relative_error: float | None = None
+    finite: bool = True
+
+    def to_json(self) -> dict[str, Any]:
+        """The comparison as JSON data, without what was not measured."""
+        return _measured(self)
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Results of a model on a test set.
+
+    Attributes:
+        top1: fraction of right answers.
+        n_test: number of images.
+        interval: 95 % interval of `top1` (Wilson).
+        torch_top1: the torch student's top-1 on the same images.
+        agreement_with_fp32: fraction of the images with fp32's answer.
+        agreement_with_torch: fraction of the images with the torch student's answer.
+    """
+
+    top1: float
+    n_test: int
+    interval: tuple[float, float] | None = None
+    torch_top1: float | None = None
+    agreement_with_fp32: float | None = None
+    agreement_with_torch: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The results as JSON data, without what was not measured."""
+        return _measured(self)
+
+
+def _measured(facts: Parity | Accuracy) -> dict[str, Any]:
+    return {name: value for name, value in asdict(facts).items() if value is not None}
+
+
+@dataclass(frozen=True)
 class ModelFacts:
-    """What is known of the model of one precision.
+    """The model of one precision: how it was made and what was measured.
 
     Attributes:
         opset: ONNX opset of the graph.
         exporter: what wrote it.
         head: names of the last linear layer's "input", "weight" and "bias" tensors; None where there is none.
-        parity: how near it comes to the torch student.
-        accuracy: what was measured on a test set, if anything.
+        parity: with the torch student, or with fp32.
+        accuracy: on a test set; None where there was none.
         latency_ms: median time of one image on the machine that exported it, in milliseconds.
         target: which processors an int8 model was made for: "cpu" or "tensorrt".
     """
@@ -104,10 +160,15 @@ class ModelFacts:
     opset: int
     exporter: str
     head: Mapping[str, str] | None
-    parity: Mapping[str, Any]
-    accuracy: Mapping[str, Any] | None = None
+    parity: Parity
+    accuracy: Accuracy | None = None
     latency_ms: float | None = None
     target: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The facts as bundle.json holds them."""
+        accuracy = self.accuracy.to_json() if self.accuracy else None
+        return {**asdict(self), "parity": self.parity.to_json(), "accuracy": accuracy}
 
 
 @dataclass(frozen=True)
@@ -321,7 +382,7 @@ def write_bundle(
         "input": TensorSpec(INPUT, "uint8", ("batch", height, width, 3)).to_json(),
         "output": TensorSpec(OUTPUT, "float32", ("batch", len(labels))).to_json(),
         "precisions": {
-            name: {"file": FILES[name], **asdict(model), "golden_tolerance": asdict(TOLERANCES[name])}
+            name: {"file": FILES[name], **model.to_json(), "golden_tolerance": asdict(TOLERANCES[name])}
             for name, model in models.items()
         },
         "provenance": provenance,

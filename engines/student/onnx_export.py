@@ -25,7 +25,7 @@ import torch
 from onnx import numpy_helper
 
 from synthkit.data.images import Preprocessing
-from synthkit.engines.bundle.format import INPUT, OUTPUT, ModelFacts
+from synthkit.engines.bundle.format import INPUT, OUTPUT, ModelFacts, Parity
 from synthkit.engines.runtime import onnx_graph
 from synthkit.engines.runtime.session import open_session
 from synthkit.errors import EngineError, ParityError, first_line
@@ -117,7 +117,7 @@ def export_student(
     return ModelFacts(written, exporter, head, parity), logits
 
 
-def check_parity(expected: np.ndarray, path: Path, images: np.ndarray) -> dict[str, Any]:
+def check_parity(expected: np.ndarray, path: Path, images: np.ndarray) -> Parity:
     """Compare an ONNX file with the torch student's logits, in batches and one image alone.
 
     Args:
@@ -129,22 +129,22 @@ def check_parity(expected: np.ndarray, path: Path, images: np.ndarray) -> dict[s
         ParityError: a logit is not finite or differs by more than `TOLERANCE`.
     """
     session = open_session(path)
-    found = in_batches(lambda batch: session.run({INPUT: batch})[OUTPUT], images)
+    logits = in_batches(lambda batch: session.run({INPUT: batch})[OUTPUT], images)
     alone = session.run({INPUT: images[:1]})[OUTPUT]
-    error = float(max(np.abs(found - expected).max(), np.abs(alone - expected[:1]).max()))
+    error = float(max(np.abs(logits - expected).max(), np.abs(alone - expected[:1]).max()))
     allowed = TOLERANCE * float(np.abs(expected).max())
     if not error <= allowed:  # NaN too
         raise ParityError(
             f"the exported model differs from the torch student by {error:.2g} in a logit, allowed are "
             f"{allowed:.2g}, so it was not written; use another --student and report this one"
         )
-    return {
-        "max_abs_error": error,
-        "tolerance": allowed,
-        "top1_agreement": float(np.mean(found.argmax(1) == expected.argmax(1))),
-        "images": len(images),
-        "finite": bool(np.isfinite(found).all()),
-    }
+    return Parity(
+        max_abs_error=error,
+        top1_agreement=float(np.mean(logits.argmax(1) == expected.argmax(1))),
+        images=len(images),
+        tolerance=allowed,
+        finite=bool(np.isfinite(logits).all()),
+    )
 
 
 def _export(student: Uint8Student, preprocessing: Preprocessing, path: Path, opset: int) -> str:

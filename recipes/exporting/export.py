@@ -156,7 +156,7 @@ def export_student_bundle(
     student: ExportableStudent,
     images: np.ndarray,
     provenance: Mapping[str, Any],
-    accuracy: Mapping[str, Any] | None,
+    accuracy: bundle.Accuracy | None,
     work_dir: Path,
     settings: ExportSettings | None = None,
     sets: Images | None = None,
@@ -167,7 +167,7 @@ def export_student_bundle(
         student: the torch student.
         images: real images as uint8 [N, height, width, 3]; parity is verified on them, a few become golden.
         provenance: how the student came about; "trained_on" lists the SHA-256 of every real photo.
-        accuracy: what was measured on a test set, if anything; `sets.test` is measured here.
+        accuracy: on a test set, where it is known; `sets.test` is measured here.
         work_dir: where to write.
         settings: precisions and target.
         sets: the image sets that `images` come from, synthetic and test images.
@@ -247,14 +247,14 @@ def _summary(
         name: {
             "bytes": (folder / bundle.FILES[name]).stat().st_size,
             "latency_ms": one.latency_ms,
-            "parity": dict(one.parity),
-            "accuracy": dict(one.accuracy) if one.accuracy else None,
+            "parity": one.parity.to_json(),
+            "accuracy": one.accuracy.to_json() if one.accuracy else None,
             "target": one.target,
         }
         for name, one in facts.items()
     }
     return {
-        "parity": fp32.parity,
+        "parity": fp32.parity.to_json(),
         "exporter": fp32.exporter,
         "opset": fp32.opset,
         "model_bytes": rows[bundle.FP32]["bytes"],

@@ -1,4 +1,4 @@
-"""The smaller precisions of a student, made from its verified fp32 model, and what each costs."""
+"""The smaller precisions of a student, made from its fp32 model, with their parity, latency and accuracy."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from synthkit.engines.bundle import format as bundle
-from synthkit.engines.bundle.format import FP16, FP32, INPUT, INT8, OUTPUT, ModelFacts
+from synthkit.engines.bundle.format import FP16, FP32, INPUT, INT8, OUTPUT, Accuracy, ModelFacts, Parity
 from synthkit.engines.runtime.session import Session, open_session
 from synthkit.errors import ConfigError, ParityError, nearest
 from synthkit.metrics import classification as metrics
@@ -30,7 +29,7 @@ class TestSet:
     Attributes:
         inputs: uint8 [N, height, width, 3].
         labels: class indices [N].
-        torch: what the torch student predicts for them, class indices [N].
+        torch: the torch student's predictions, class indices [N].
     """
 
     inputs: np.ndarray
@@ -43,9 +42,9 @@ class Made:
     """The models of a bundle.
 
     Attributes:
-        facts: precision -> what is known of its model.
-        golden: precision -> its own logits for the golden inputs, of every precision but fp32.
-        int8: how the int8 model was chosen.
+        facts: precision -> facts of its model.
+        golden: precision -> its own logits for the golden inputs; every precision but fp32.
+        int8: choice of the int8 model; None where there is none.
     """
 
     facts: dict[str, ModelFacts]
@@ -54,7 +53,7 @@ class Made:
 
 
 def chosen_precisions(text: str) -> list[str]:
-    """The precisions of `--precision`, fp32 first: the others are made from it and measured against it.
+    """Parse `--precision`. fp32 is always among them and first: the others are made from it.
 
     Raises:
         ConfigError: one is unknown.
@@ -80,7 +79,7 @@ def make_precisions(
 
     Args:
         folder: holds model.onnx.
-        fp32: what is known of it.
+        fp32: facts of that model.
         golden_inputs: uint8 [N, height, width, 3].
         images: photos and synthetic images, uint8 [N, height, width, 3]; they give int8 its ranges.
         settings: which precisions, and how.
@@ -142,42 +141,41 @@ def _logits(folder: Path, precision: str, facts: ModelFacts, images: np.ndarray)
     return in_batches(lambda batch: session.run({INPUT: batch})[OUTPUT], images)
 
 
-def _parity(folder: Path, precision: str, facts: ModelFacts, images: np.ndarray) -> dict[str, Any]:
-    """How near a smaller precision comes to fp32.
+def _parity(folder: Path, precision: str, facts: ModelFacts, images: np.ndarray) -> Parity:
+    """Compare a smaller precision with fp32.
 
     Raises:
         ParityError: a value is not finite, or an fp16 logit is too far off.
     """
     probe = images[np.linspace(0, len(images) - 1, min(_PROBED_AT_MOST, len(images))).astype(int)]
     expected = _logits(folder, FP32, facts, probe)
-    found = _logits(folder, precision, facts, probe)
-    error, largest = float(np.abs(found - expected).max()), float(np.abs(expected).max())
+    logits = _logits(folder, precision, facts, probe)
+    error, largest = float(np.abs(logits - expected).max()), float(np.abs(expected).max())
     relative = bundle.TOLERANCES[precision].relative
-    if not np.isfinite(found).all() or (precision == FP16 and error > relative * largest):
+    if not np.isfinite(logits).all() or (precision == FP16 and error > relative * largest):
         raise ParityError(
             f"the {precision} model differs from fp32 by {error:.2g} in a logit, allowed are "
             f"{relative * largest:.2g}; leave {precision} out of --precision"
         )
-    return {
-        "max_abs_error": error,
-        "relative_error": error / largest if largest else 0.0,
-        "top1_agreement": float(np.mean(found.argmax(1) == expected.argmax(1))),
-        "against": "fp32",
-        "images": len(probe),
-        "finite": True,
-    }
+    return Parity(
+        max_abs_error=error,
+        top1_agreement=float(np.mean(logits.argmax(1) == expected.argmax(1))),
+        images=len(probe),
+        against="fp32",
+        relative_error=error / largest if largest else 0.0,
+    )
 
 
 def measure(
     folder: Path, facts: Mapping[str, ModelFacts], image: np.ndarray, test: TestSet | None
 ) -> dict[str, ModelFacts]:
-    """The facts with the latency of every precision, and with its accuracy where there is a test set.
+    """Add the latency of every precision, and its accuracy where there is a test set.
 
     Args:
         folder: holds the model files.
-        facts: precision -> what is known of its model.
+        facts: precision -> facts of its model.
         image: one input, uint8 [1, height, width, 3].
-        test: images that nothing was trained on.
+        test: the test set, if any.
     """
     sessions = {name: open_session(folder / bundle.FILES[name]) for name in facts}
     times = latencies(sessions, image)
@@ -192,7 +190,7 @@ def measure(
 
 
 def latencies(sessions: Mapping[str, Session], image: np.ndarray) -> dict[str, float]:
-    """Median milliseconds of one image; the sessions take turns, so that a busy machine slows all alike."""
+    """Median milliseconds per image. The sessions take turns, so that a busy machine slows all alike."""
     times: dict[str, list[float]] = {name: [] for name in sessions}
     for _ in range(_WARM_UP + _RUNS):
         for name, session in sessions.items():
@@ -202,23 +200,26 @@ def latencies(sessions: Mapping[str, Session], image: np.ndarray) -> dict[str, f
     return {name: round(float(np.median(each[_WARM_UP:])), 3) for name, each in times.items()}
 
 
-def _accuracy(predicted: np.ndarray, fp32: np.ndarray, test: TestSet) -> dict[str, Any]:
+def _accuracy(predicted: np.ndarray, fp32: np.ndarray, test: TestSet) -> Accuracy:
     right = int(np.sum(predicted == test.labels))
-    return {
-        "top1": metrics.top1(predicted, test.labels),
-        "n_test": len(test.labels),
-        "interval": list(metrics.wilson_interval(right, len(test.labels))),
-        "torch_top1": metrics.top1(test.torch, test.labels),
-        "agreement_with_fp32": float(np.mean(predicted == fp32)),
-        "agreement_with_torch": float(np.mean(predicted == test.torch)),
-    }
+    return Accuracy(
+        top1=metrics.top1(predicted, test.labels),
+        n_test=len(test.labels),
+        interval=metrics.wilson_interval(right, len(test.labels)),
+        torch_top1=metrics.top1(test.torch, test.labels),
+        agreement_with_fp32=float(np.mean(predicted == fp32)),
+        agreement_with_torch=float(np.mean(predicted == test.torch)),
+    )
 
 
 def settle_default(settings: ExportSettings, facts: Mapping[str, ModelFacts]) -> tuple[str, str]:
-    """Which precision runs when none is named, and why the wish was refused; empty when it was not.
+    """Decide the precision that runs when none is named.
 
-    The cost is the fall of top-1 on the test set; without one it is the share of images on which the model
-    disagrees with fp32, which no fall can exceed.
+    A smaller precision may cost at most `max_drop` points: of top-1 on the test set, or without one the
+    percentage of images on which it disagrees with fp32, which no drop of top-1 can exceed.
+
+    Returns:
+        The precision, and the reason if the one that was asked for was refused (otherwise empty).
 
     Raises:
         ConfigError: the wish is not among the precisions.
@@ -241,7 +242,6 @@ def settle_default(settings: ExportSettings, facts: Mapping[str, ModelFacts]) ->
 
 def _cost(fp32: ModelFacts, other: ModelFacts) -> tuple[float, str]:
     if fp32.accuracy and other.accuracy:
-        return 100 * (fp32.accuracy["top1"] - other.accuracy["top1"]), "top-1 on the test set"
-    return 100 * (
-        1 - other.parity["top1_agreement"]
-    ), "disagreement with fp32; give --test-dir to measure top-1"
+        return 100 * (fp32.accuracy.top1 - other.accuracy.top1), "top-1 on the test set"
+    how = "disagreement with fp32; give --test-dir to measure top-1"
+    return 100 * (1 - other.parity.top1_agreement), how

@@ -54,7 +54,7 @@ def test_the_file_is_whole_and_says_what_it_is(exported: Exported) -> None:
     model = onnx.load(path)
     assert json.loads({prop.key: prop.value for prop in model.metadata_props}["names"]) == {"0": "Ω"}
     assert (facts.exporter, facts.opset) == ("torchscript", student_onnx.OPSET)
-    assert facts.parity["finite"] and facts.parity["top1_agreement"] == 1.0 and facts.parity["images"] == 6
+    assert facts.parity.finite and facts.parity.top1_agreement == 1.0 and facts.parity.images == 6
     (first,) = [node for node in model.graph.node if "image" in node.input]
     assert first.op_type == "Cast"  # TensorRT takes uint8 into a Cast only
 
@@ -162,7 +162,7 @@ def test_a_refused_student_goes_to_the_other_exporter(
     refuse: Callable[..., None] = lambda *rest: (_ for _ in ()).throw(RuntimeError("no such operator\nx"))  # noqa: E731
     monkeypatch.setitem(student_onnx._EXPORTERS, "torchscript", refuse)
     facts, logits = export_student(Plain(), PREPROCESSING, noise(), tmp_path / "model.onnx", {})
-    assert (facts.exporter, facts.opset, facts.parity["finite"]) == ("dynamo", 18, True)
+    assert (facts.exporter, facts.opset, facts.parity.finite) == ("dynamo", 18, True)
     assert [one.name for one in tmp_path.iterdir()] == ["model.onnx"]
     weights = {
         one.name: numpy_helper.to_array(one) for one in onnx.load(tmp_path / "model.onnx").graph.initializer
