@@ -1,8 +1,9 @@
-"""The installed TensorRT, with errors in place of None and False, and with the lines that it logs.
+"""The installed TensorRT: failed calls become errors with the lines that it logged.
 
-The bindings are used as they are, without Polygraphy: it would spare the sixty lines that walk a `BuildPlan`,
-but not the logger, the progress bar, the reading of None and False, nor the session (its runner knows neither
-torch's buffers nor CUDA graphs), and a Jetson would need one more package. Only `_import` imports TensorRT.
+The bindings are used directly. Polygraphy has a logger, a builder configuration with progress monitor and
+timing cache, and a runner that takes torch's tensors. It would replace the walk through a `BuildPlan` and
+part of the session, but not its CUDA graphs, and a Jetson would need one more package. Only `_import` imports
+TensorRT.
 
 This code has not run on a GPU. It is tested against stand-ins made from TensorRT's own API tables, and
 over the real bindings with compiled libraries that compute nothing.
@@ -24,7 +25,7 @@ log = logging.getLogger(__name__)
 Value = TypeVar("Value")
 
 NO_DEVICE = "it finds no GPU and driver that it can use"
-"""What a constructor that answers with nothing means; the CUDA error itself, if any, is in TensorRT's log."""
+"""Meaning of a constructor that returns nothing; the CUDA error itself, if any, is in TensorRT's log."""
 
 _ADVICE = {
     NO_DEVICE: "check the NVIDIA driver with `synthkit doctor`",
@@ -37,17 +38,17 @@ _ADVICE = {
     "insufficient memory": "lower --batch or raise --trt-workspace",
     "CUDA initialization failure": "check the NVIDIA driver with `synthkit doctor`",
 }
-"""What TensorRT logs -> what to do about it."""
+"""Part of a line in TensorRT's log -> advice."""
 
 
 class TensorRt:
-    """TensorRT as this process has it.
+    """The `tensorrt` package with a logger that keeps its errors.
 
     Attributes:
-        module: the `tensorrt` package.
+        module: the package.
         version: its version with the build number.
-        logger: what every TensorRT object is given.
-        errors: the errors that it has logged; its calls themselves give no reason.
+        logger: argument of every TensorRT object.
+        errors: errors logged since the last failure; the calls themselves give no reason.
 
     Raises:
         EngineError: the package does not import.
@@ -61,11 +62,11 @@ class TensorRt:
         self.logger = _logger(self.module, self.errors)
 
     def check(self, action: str, value: Value | None) -> Value:
-        """The value of a call, which TensorRT answers with None, False or a negative number when it fails.
+        """Return the value of a call, unless it is None, False or negative, as after a failure.
 
         Args:
             action: completes "TensorRT could not …".
-            value: what the call returned.
+            value: returned by the call.
 
         Raises:
             EngineError: the call failed.
@@ -76,10 +77,10 @@ class TensorRt:
 
     @contextlib.contextmanager
     def guard(self, action: str) -> Iterator[None]:
-        """Turn what the bindings raise into one line.
+        """Turn exceptions of the bindings into an EngineError of one line.
 
         Constructors raise "factory function returned nullptr" as a TypeError; any other TypeError is a wrong
-        call, which is a bug of ours and keeps its traceback.
+        call, which is a bug here and keeps its traceback.
         """
         try:
             yield
@@ -91,7 +92,7 @@ class TensorRt:
             raise self.failure(action, NO_DEVICE) from None
 
     def failure(self, action: str, detail: str = "") -> EngineError:
-        """An error that names the action, what TensorRT logged since the last failure, and the way out."""
+        """Make an error of the action, the lines that TensorRT logged since the last failure, and advice."""
         reasons = [*self.errors, detail] if self.errors or detail else ["it gives no reason"]
         self.errors.clear()
         text = " ".join(" ".join(reasons).split())
@@ -113,9 +114,9 @@ def _import() -> Any:
 
 
 def probe_tensorrt() -> str | None:
-    """Why TensorRT does not work on this machine; None where it does.
+    """Start TensorRT; return the reason where it does not work on this machine, None where it does.
 
-    That the package imports says little: a Runtime needs the driver and the device.
+    The import alone says little: a Runtime needs the driver and the device.
     """
     try:
         rt = TensorRt()
@@ -132,9 +133,9 @@ def probe_tensorrt() -> str | None:
 
 
 def tensorrt_version() -> str | None:
-    """The version of the installed TensorRT, also where no GPU lets it start; None where it does not import.
+    """Version of the installed TensorRT, also without a usable GPU; None where it does not import.
 
-    Jetsons have it as a system package, of which pip knows nothing.
+    Jetsons have it as a system package that pip does not know.
     """
     try:
         return str(_import().__version__)
@@ -143,7 +144,7 @@ def tensorrt_version() -> str | None:
 
 
 def _logger(trt: Any, errors: list[str]) -> Any:
-    """A logger that keeps errors and passes everything on to Python's logging."""
+    """Make a logger that keeps errors and passes everything on to Python's logging."""
     levels = {
         trt.ILogger.INTERNAL_ERROR: logging.DEBUG,  # errors are raised with their text; here they are for -v
         trt.ILogger.ERROR: logging.DEBUG,
@@ -165,12 +166,15 @@ def _logger(trt: Any, errors: list[str]) -> Any:
 
 
 class Progress:
-    """The builder's phases as one bar: each top phase in turn.
+    """Progress bar of a build, one top phase after another.
 
-    TensorRT calls from several threads, takes a missing answer for "stop", and swallows what is raised.
+    TensorRT calls from several threads, takes a missing answer for "stop", and swallows exceptions.
 
     Args:
-        label: what is built.
+        label: name of the network.
+
+    Attributes:
+        error: exception of a call, to raise after the build.
     """
 
     def __init__(self, label: str) -> None:
@@ -180,28 +184,28 @@ class Progress:
         self._lock = threading.Lock()
 
     def start(self, phase: str, parent: str | None, steps: int) -> None:
-        """Show a bar for a phase that no other holds."""
+        """Show a bar for a phase without parent."""
         if parent is None:
             with self._lock:
                 bar = tqdm(total=steps, desc=f"{self._label}: {phase}", leave=False, disable=None)
                 self._bars[phase] = bar
 
     def step(self, phase: str) -> bool:
-        """Move the bar; whether the build goes on."""
+        """Move the bar; return False to stop the build."""
         with self._lock:
             if phase in self._bars:
                 self._bars[phase].update()
         return self.error is None
 
     def finish(self, phase: str) -> None:
-        """Take the bar away; a phase may end before all its steps."""
+        """Remove the bar; a phase may end before its last step."""
         with self._lock:
             if phase in self._bars:
                 self._bars.pop(phase).close()
 
 
 def progress_monitor(trt: Any, progress: Progress) -> Any:
-    """The bindings' view of a `Progress`; None where TensorRT has no progress monitor (8.x)."""
+    """Make TensorRT's progress monitor of a `Progress`; None where TensorRT has none (8.x)."""
     if not hasattr(trt, "IProgressMonitor"):
         return None
 
@@ -222,7 +226,7 @@ def progress_monitor(trt: Any, progress: Progress) -> Any:
 
 
 def _recorded(progress: Progress, call: Any) -> Any:
-    """What the call returns; an exception is kept for after the build, and stops it."""
+    """Return the call's value; an exception is kept for after the build, and stops it."""
     try:
         return call()
     except BaseException as error:  # KeyboardInterrupt arrives here too, in whichever thread is Python's main

@@ -1,7 +1,7 @@
-"""From a `BuildPlan` and an ONNX file to the bytes of an engine: the walk through TensorRT's builder.
+"""Building an engine from a `BuildPlan` and an ONNX file with TensorRT's builder.
 
-Everything that can be decided without TensorRT was decided before, in `build_plan`. Names and order of the
-calls: TensorRT's Python API from 8.5 to 11.4. Not yet run on a GPU, see `api`.
+All that can be decided without TensorRT is decided in `build_plan`. Names and order of the calls follow
+TensorRT's Python API from 8.5 to 11.4. Not yet run on a GPU, see `api`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def build_engine(rt: TensorRt, plan: BuildPlan, onnx: Path, timings: Path) -> by
 
     Args:
         rt: the installed TensorRT.
-        plan: what to build.
+        plan: flags, profiles and limits.
         onnx: the network's file; its external weights lie beside it.
         timings: the timing cache to read and extend.
 
@@ -28,7 +28,7 @@ def build_engine(rt: TensorRt, plan: BuildPlan, onnx: Path, timings: Path) -> by
         The engine as TensorRT serialises it.
 
     Raises:
-        EngineError: a call failed; says which, and what TensorRT logged.
+        EngineError: a call failed; names it with TensorRT's log.
     """
     with rt.guard(f"start the builder for {plan.component}"):
         builder = rt.module.Builder(rt.logger)
@@ -57,7 +57,7 @@ def build_engine(rt: TensorRt, plan: BuildPlan, onnx: Path, timings: Path) -> by
 
 
 def _network_flags(rt: TensorRt, plan: BuildPlan) -> int:
-    """Strong typing has a flag on 10 and needs none on 11, where a later version may drop the name."""
+    """Flags of the network. Strong typing has a flag on 10 and needs none on 11, which may drop the name."""
     kinds = rt.module.NetworkDefinitionCreationFlag
     if not hasattr(kinds, plan.network_flag):
         if int(rt.version.partition(".")[0]) < 11:

@@ -1,9 +1,9 @@
-"""What TensorRT is to be told when it builds one network, decided without TensorRT.
+"""The settings of one TensorRT build, decided without TensorRT.
 
-A `BuildPlan` is plain frozen data: names of flags, never their numbers, which move between versions. It is
-hashed into the cache key, printed by `--dry-run`, and walked by `synthkit.engines.tensorrt.build`.
+A `BuildPlan` is plain frozen data: names of flags, never their numbers, which differ between versions. It is
+hashed into the cache key, printed by `--dry-run`, and carried out by `synthkit.engines.tensorrt.build`.
 
-How an engine comes to compute in half precision, by version:
+Half precision by version:
 
     8.5, 8.6   weak typing    BuilderFlag.FP16, the graph may be of either precision
     10.x       strong typing  no precision flag (TensorRT refuses one): the graph alone decides
@@ -28,21 +28,21 @@ PLANNED = ("unet", "vae_decoder", "vae_encoder")
 token adds rows to its table, which must not rebuild an engine."""
 
 HARDWARE = {"this-gpu": "NONE", "same-capability": "SAME_COMPUTE_CAPABILITY", "ampere+": "AMPERE_PLUS"}
-"""What a user calls the range of GPUs -> member of HardwareCompatibilityLevel."""
+"""Option's value -> member of HardwareCompatibilityLevel."""
 
 _TRTEXEC_HARDWARE = {"SAME_COMPUTE_CAPABILITY": "sameComputeCapability", "AMPERE_PLUS": "ampere+"}
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What a user may choose of a build.
+    """A user's choices for a build.
 
     Attributes:
         workspace: scratch memory that a layer may use, MiB; None: all of the GPU's.
         level: builder optimisation level, 0 (fast build) to 5 (fast engine); TensorRT's own default is 3.
         hardware: a key of `HARDWARE`.
-        version_compatible: whether later versions of TensorRT can load the plan, at some cost in speed.
-        refit: whether weights can be exchanged without a rebuild, at some cost in speed.
+        version_compatible: later versions of TensorRT can load the plan, at some cost in speed.
+        refit: weights can be exchanged without a rebuild, at some cost in speed.
     """
 
     workspace: int | None = None
@@ -54,7 +54,7 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class Profile:
-    """The shapes that one input may take: smallest, usual (the one that is tuned for) and largest."""
+    """Shapes of one input: smallest, usual (the one that TensorRT tunes for) and largest."""
 
     name: str
     minimum: tuple[int, ...]
@@ -64,7 +64,7 @@ class Profile:
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """Everything that shapes one engine beside its ONNX file and the machine.
+    """All that determines an engine beside its ONNX file and the machine.
 
     Attributes:
         component: the network's name.
@@ -88,7 +88,7 @@ class BuildPlan:
 
     @property
     def portable(self) -> bool:
-        """Whether the plan is meant for other GPUs or versions too."""
+        """True if the plan is meant for other GPUs or versions as well."""
         return self.hardware is not None or "VERSION_COMPATIBLE" in self.flags
 
 
@@ -96,7 +96,7 @@ def release(version: str) -> tuple[int, int]:
     """Major and minor number of a TensorRT version such as "10.3.0" or "11.4.0.106".
 
     Raises:
-        EngineError: the version is older than what the sessions need, or is no version.
+        EngineError: the version is older than `OLDEST`, or is no version.
     """
     found = re.match(r"(\d+)\.(\d+)", version)
     if found is None:
@@ -111,7 +111,7 @@ def release(version: str) -> tuple[int, int]:
 
 
 def default_opset(version: str) -> int:
-    """The ONNX opset to export for a TensorRT version: the newest that its parser reads without gaps.
+    """ONNX opset to export for a TensorRT version: the newest that its parser reads without gaps.
 
     Opset 17 brings LayerNormalization whole, which sums in fp32 inside a half precision graph; the parser of
     8.5 does not know it.
@@ -120,21 +120,21 @@ def default_opset(version: str) -> int:
 
 
 def planned_specs(geometry: Geometry) -> list[EngineSpec]:
-    """The networks of a pipeline that become plans."""
+    """Networks of a pipeline that become plans."""
     return [spec for spec in component_specs(geometry) if spec.component in PLANNED]
 
 
 def decide_plan(
     spec: EngineSpec, batch: BatchRange, precision: str, options: BuildOptions, version: str
 ) -> BuildPlan:
-    """The plan of one network.
+    """Decide the plan of one network.
 
     Args:
         spec: the network's inputs; a string in a shape stands for the batch.
         batch: in images. Guidance runs every image twice through the UNet in one batch, and guidance of 1 or
             less once: the UNet's profile goes from the smallest batch to twice the largest.
         precision: of the ONNX graph.
-        options: what the user chose.
+        options: the user's choices.
         version: of TensorRT.
 
     Raises:
@@ -159,7 +159,7 @@ def decide_plan(
 
 
 def _check_options(options: BuildOptions, number: tuple[int, int], version: str) -> None:
-    """Refuse what this version of TensorRT cannot do, rather than leave it out without a word."""
+    """Refuse options that this version of TensorRT does not have."""
     if number < (8, 6) and (options.hardware != "this-gpu" or options.version_compatible):
         raise EngineError(
             f"TensorRT {version} builds for its own version and GPU only; "
@@ -184,11 +184,11 @@ def _with_batch(shape: tuple[int | str, ...], size: int) -> tuple[int, ...]:
 
 
 def trtexec_line(plan: BuildPlan, major: int) -> str:
-    """The command that builds the same plan with NVIDIA's own tool.
+    """Command that builds the same plan with NVIDIA's trtexec.
 
     Args:
-        plan: what to build.
-        major: TensorRT's major version: 8 is told the precision, 10 that the graph tells it, 11 nothing.
+        plan: of the network.
+        major: TensorRT's major version. 8 takes a flag for the precision, 10 one for strong typing, 11 none.
     """
     words = ["trtexec", f"--onnx={plan.component}/model.onnx", f"--saveEngine={plan.component}/model.plan"]
     if major == 10:
@@ -215,7 +215,7 @@ _TRTEXEC_FLAGS = {"VERSION_COMPATIBLE": "--versionCompatible", "REFIT": "--refit
 
 
 def describe(plan: BuildPlan) -> str:
-    """One line for a person: what is built, for which batches and with which flags."""
+    """Describe a plan in one line: network, precision, batch range, flags and limits."""
     rows = [f"{one.minimum[0]}:{one.usual[0]}:{one.maximum[0]}" for one in plan.profiles[:1]]
     flags = ", ".join([plan.network_flag, *plan.flags])
     limit = f", workspace {plan.workspace // 2**20} MiB" if plan.workspace else ""
