@@ -34,48 +34,47 @@ from synthkit.data.images import ImageSet
 from synthkit.data.splits import check_disjoint, k_shot
 from synthkit.metrics.classification import top1
 from synthkit.one_line import OneLineErrors
-from synthkit.recipes.adaptation.selection import choose_path
+from synthkit.recipes.adaptation.selection import select_strategy
 from synthkit.recipes.adaptation.strategies import (
     LAST,
-    PATHS,
-    AdaptPath,
-    Site,
-    Start,
-    course,
+    AdaptationTask,
+    StartingStudent,
+    Strategy,
     fit_settings,
-    follow,
+    prepare,
+    train_strategy,
 )
 from synthkit.recipes.settings import AdaptSettings, TrainSettings
 
 if TYPE_CHECKING:
-    from synthkit.learning.feature_cache import Views
+    from synthkit.learning.feature_cache import CachedFeatures
     from synthkit.learning.students import Student
 
-Variant = Callable[[Site, AdaptPath], "Student"]
+Variant = Callable[[AdaptationTask, Strategy], "Student"]
 
 
-class PlainSite(Site):
-    """A site without cached features."""
+class UncachedTask(AdaptationTask):
+    """A task without cached features."""
 
     @property
-    def seen(self) -> Mapping[int, Views]:  # type: ignore[override]
+    def features(self) -> Mapping[int, CachedFeatures]:  # type: ignore[override]
         """No features."""
         return {}
 
 
-def stage(site: Site, path: AdaptPath) -> Student:
+def stage(task: AdaptationTask, strategy: Strategy) -> Student:
     """Train with the given strategy."""
-    begun = course(path, site)
-    follow(path, site, begun)
-    return begun.whole
+    trainable = prepare(strategy, task)
+    train_strategy(strategy, task, trainable)
+    return trainable.student
 
 
-def whole(site: Site, path: AdaptPath) -> Student:
+def whole(task: AdaptationTask, strategy: Strategy) -> Student:
     """Choose the strategy by cross-validation, then train with it."""
-    return stage(site, choose_path(site).path)
+    return stage(task, select_strategy(task).strategy)
 
 
-def timm_style(photos: ImageSet, site: Site, path: AdaptPath) -> Student:
+def timm_style(photos: ImageSet, task: AdaptationTask, strategy: Strategy) -> Student:
     """Fine-tune as a timm user would: a data set of files, its transforms, its schedule."""
     import torch
     from timm.data import create_transform
@@ -83,8 +82,8 @@ def timm_style(photos: ImageSet, site: Site, path: AdaptPath) -> Student:
     from timm.optim import create_optimizer_v2
     from timm.scheduler import CosineLRScheduler
 
-    student, settings = site.start.student.clone(), fit_settings(path, site)
-    student.train_only_last(path.units or 0)
+    student, settings = task.start.student.clone(), fit_settings(strategy, task)
+    student.train_only_last(strategy.layer_groups or 0)
     config = student.preprocessing
     transform = create_transform(
         config.input_size,
@@ -133,15 +132,15 @@ class _Photos:
         return self._transform(open_image(item.path)), item.label
 
 
-def expected(site: Site, path: AdaptPath) -> dict[str, Any]:
+def expected(task: AdaptationTask, strategy: Strategy) -> dict[str, Any]:
     """Number of images through the frozen layers, and the ratio if nothing else took time.
 
     Full fine-tuning, which cross-validation tries too, has no frozen layers and takes as long either way.
     """
-    photos, steps = len(site.examples), fit_settings(path, site).steps
-    batch = fit_settings(path, site).batch_size
-    kept = photos * (site.settings.views + 1)
-    trainings = 1 + site.folds * len(LAST)
+    photos, steps = len(task.examples), fit_settings(strategy, task).steps
+    batch = fit_settings(strategy, task).batch_size
+    kept = photos * (task.settings.views + 1)
+    trainings = 1 + task.folds * len(LAST)
     return {
         "cached": kept,
         "plain_stage": steps * batch,
@@ -151,12 +150,14 @@ def expected(site: Site, path: AdaptPath) -> dict[str, Any]:
     }
 
 
-def measure(variants: Mapping[str, tuple[Variant, Site]], path: AdaptPath, test: ImageSet, runs: int) -> Any:
+def measure(
+    variants: Mapping[str, tuple[Variant, AdaptationTask]], strategy: Strategy, test: ImageSet, runs: int
+) -> Any:
     """Seconds and top-1 of every variant, run in turns.
 
     Args:
-        variants: name -> function to run, and its site.
-        path: the strategy of those that take one.
+        variants: name -> function to run, and its task.
+        strategy: of those that take one.
         test: real test images.
         runs: of every variant.
 
@@ -166,10 +167,10 @@ def measure(variants: Mapping[str, tuple[Variant, Site]], path: AdaptPath, test:
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     scores: dict[str, float] = {}
     for _ in range(runs):
-        for name, (variant, site) in variants.items():
-            fresh = type(site)(site.start, site.examples, site.settings, site.training)  # nothing kept
+        for name, (variant, task) in variants.items():
+            fresh = type(task)(task.start, task.examples, task.settings, task.training)  # nothing kept
             begun = time.perf_counter()
-            student = variant(fresh, path)
+            student = variant(fresh, strategy)
             seconds[name].append(round(time.perf_counter() - begun, 3))
             scores[name] = _top1(student, test)
     return {
@@ -198,7 +199,7 @@ def _first_classes(images: ImageSet, count: int) -> ImageSet:
 @click.option("--classes", default=10, show_default=True)
 @click.option("--shots", default=16, show_default=True, help="Photos per class.")
 @click.option(
-    "--path", default="last-1", type=click.Choice(["last-1", "last-2", "last-4"]), show_default=True
+    "--strategy", default="last-1", type=click.Choice(["last-1", "last-2", "last-4"]), show_default=True
 )
 @click.option("--steps", type=int, help="Gradient steps.  [default: those of `adapt`]")
 @click.option("--views", default=AdaptSettings.views, show_default=True, help="Views of a photo.")
@@ -213,7 +214,7 @@ def main(
     size: int,
     classes: int,
     shots: int,
-    path: str,
+    strategy: str,
     steps: int | None,
     views: int,
     with_whole: bool,
@@ -228,21 +229,28 @@ def main(
     test = _first_classes(ImageSet.scan(test_dir), classes).with_classes(pool.classes)
     check_disjoint(pool, test, (str(real_dir), str(test_dir)))
     photos = pool.subset(k_shot(pool, shots, 0))
-    start = Start(new_student(student, pool.classes, weights=weights, image_size=size), False, None)
-    settings = AdaptSettings(adapt_steps=steps, views=views, path=path)
+    start = StartingStudent(new_student(student, pool.classes, weights=weights, image_size=size), False, None)
+    settings = AdaptSettings(adapt_steps=steps, views=views, strategy=strategy)
     parts = (start, Examples(photos, start.student.preprocessing), settings, TrainSettings())
-    predicted = expected(Site(*parts), PATHS[path])
+    predicted = expected(AdaptationTask(*parts), Strategy(strategy))
     click.echo(f"images through the frozen layers: {json.dumps(predicted)}", err=True)
-    variants: dict[str, tuple[Variant, Site]] = {
-        "stage cached": (stage, Site(*parts)),
-        "stage plain": (stage, PlainSite(*parts)),
-        "stage timm": (functools.partial(timm_style, photos), PlainSite(*parts)),
+    variants: dict[str, tuple[Variant, AdaptationTask]] = {
+        "stage cached": (stage, AdaptationTask(*parts)),
+        "stage plain": (stage, UncachedTask(*parts)),
+        "stage timm": (functools.partial(timm_style, photos), UncachedTask(*parts)),
     }
     if with_whole:
-        parts = (*parts[:2], replace(settings, path="auto"), parts[3])
-        variants |= {"whole cached": (whole, Site(*parts)), "whole plain": (whole, PlainSite(*parts))}
-    measured = measure(variants, PATHS[path], test, runs)
-    asked = {"student": student, "size": size, "path": path, "photos": len(photos), **asdict(settings)}
+        parts = (*parts[:2], replace(settings, strategy="auto"), parts[3])
+        variants["whole cached"] = whole, AdaptationTask(*parts)
+        variants["whole plain"] = whole, UncachedTask(*parts)
+    measured = measure(variants, Strategy(strategy), test, runs)
+    asked = {
+        "student": student,
+        "size": size,
+        "photos": len(photos),
+        **asdict(settings),
+        "strategy": strategy,
+    }
     result = {"expected": predicted, "measured": measured, "n_test": len(test), "settings": asked}
     write_json(out, {**result, "ratios": ratios(measured), "versions": versions()})
     click.echo(out.read_text(encoding="utf-8"))

@@ -133,7 +133,7 @@ def torch_last_layer(place: Place, photos: ImageSet, test: ImageSet) -> float:
     from synthkit.recipes.adaptation.adapt import Adapt
     from synthkit.recipes.settings import AdaptSettings, TrainSettings
 
-    settings = AdaptSettings(path="last-1")
+    settings = AdaptSettings(strategy="last-1")
     stage = Adapt(settings, TrainSettings(), place.root / "student", photos, place.root / "last-1")
     return torch_top1(load_student(run_stage(stage).out), test)
 

@@ -46,14 +46,23 @@ from synthkit.metrics.classification import (
     top1,
 )
 from synthkit.one_line import OneLineErrors
-from synthkit.recipes.adaptation.selection import Choice, choose_path
-from synthkit.recipes.adaptation.strategies import FULL, LAST, Site, Start, course, follow, seen_by_last
+from synthkit.recipes.adaptation.selection import Selection, select_strategy
+from synthkit.recipes.adaptation.strategies import (
+    LAST,
+    AdaptationTask,
+    StartingStudent,
+    Strategy,
+    cached_features,
+    initialise_head,
+    prepare,
+    train_strategy,
+)
 from synthkit.recipes.settings import AdaptSettings, TrainSettings
 from synthkit.recipes.studies.compare import accuracy_table, difference_line, plot_over_shots
 from synthkit.recipes.train import weights_fingerprint
 
 if TYPE_CHECKING:
-    from synthkit.learning.feature_cache import Views
+    from synthkit.learning.feature_cache import CachedFeatures
     from synthkit.learning.fit import Examples
     from synthkit.learning.students import Student
 
@@ -101,9 +110,10 @@ class Experiment:
         return Examples(self.test, self.student.preprocessing)
 
     @cached_property
-    def seen(self) -> dict[int, Views]:
+    def features(self) -> dict[int, CachedFeatures]:
         """Number of last layer groups -> the test images' features that enter them."""
-        return seen_by_last(self.student, self.examples, [path.units or 0 for path in LAST], views=0, seed=0)
+        counts = [strategy.layer_groups or 0 for strategy in LAST]
+        return cached_features(self.student, self.examples, counts, views=0, seed=0)
 
 
 @dataclass(frozen=True)
@@ -121,48 +131,52 @@ class Cell:
         return f"{self.set}-{self.student}-{self.shots}-shot-{self.seed}"
 
 
-def trained(path: Any, site: Site, experiment: Experiment) -> dict[int, list[int]]:
-    """Train with a strategy on all photos.
+def trained(strategy: Strategy, task: AdaptationTask, experiment: Experiment) -> dict[int, list[int]]:
+    """Train by a strategy on all photos.
 
     Returns:
         Gradient steps -> predictions on the test images, before the first step and after the last.
     """
-    begun, found = course(path, site), {}
-    lesson = experiment.examples if path is FULL else experiment.seen[path.units]
+    trainable = prepare(strategy, task)
+    data = experiment.features[strategy.layer_groups] if strategy.layer_groups else experiment.examples
 
-    def look(steps: int) -> None:
-        found[steps] = lesson.logits(begun.trained, np.arange(len(lesson))).argmax(1).tolist()
+    def predictions() -> list[int]:
+        return [int(one) for one in data.logits(trainable.trained, np.arange(len(data))).argmax(1)]
 
-    follow(path, site, begun, look=look)
-    return found
+    initialise_head(strategy, task, trainable)
+    before = predictions()
+    train_strategy(strategy, task, trainable)
+    return {0: before, task.steps(strategy): predictions()}
 
 
-def logistic(site: Site, experiment: Experiment, c: float) -> list[int]:
+def logistic(task: AdaptationTask, experiment: Experiment, c: float) -> list[int]:
     """scikit-learn's logistic regression on the features of the photos, without augmentation.
 
     Features are divided by their root mean square norm, so that C means the same for every student.
     """
     from sklearn.linear_model import LogisticRegression
 
-    photos, test = (views[1].clean[0].flatten(1).numpy() for views in (site.seen, experiment.seen))
+    photos, test = (views[1].clean[0].flatten(1).numpy() for views in (task.features, experiment.features))
     scale = float(np.sqrt((photos**2).sum(axis=1).mean()))
-    fitted = LogisticRegression(C=c, max_iter=5000).fit(photos / scale, site.labels)
+    fitted = LogisticRegression(C=c, max_iter=5000).fit(photos / scale, task.labels)
     return [int(one) for one in fitted.predict(test / scale)]
 
 
-def measure(site: Site, experiment: Experiment, c: float) -> tuple[Predictions, Choice, list[dict[str, Any]]]:
-    """All methods on one split: predictions, `adapt`'s choice, and the cross-validation of each strategy."""
-    choice = choose_path(site)
-    zero, means = (replace(site, settings=replace(site.settings, head=head)) for head in ("keep", "means"))
-    predictions = {path.name: trained(path, zero, experiment) for path in LAST}
+def measure(
+    task: AdaptationTask, experiment: Experiment, c: float
+) -> tuple[Predictions, Selection, list[dict[str, Any]]]:
+    """Predictions of all methods on one split, `adapt`'s selection, and the cross-validation."""
+    selection = select_strategy(task)
+    zero, means = (replace(task, settings=replace(task.settings, head=head)) for head in ("keep", "means"))
+    predictions = {one.value: trained(one, zero, experiment) for one in LAST}
     predictions[LAST_MEANS] = trained(LAST[-1], means, experiment)
     predictions[MEANS] = {0: predictions[LAST_MEANS][0]}
-    predictions[LOGISTIC] = {0: logistic(site, experiment, c)}
-    predictions[FULL.name] = trained(FULL, site, experiment)
-    taken = predictions[LAST_MEANS if site.head == "means" else choice.path.name]
-    steps = site.steps(choice.path)
+    predictions[LOGISTIC] = {0: logistic(task, experiment, c)}
+    predictions[Strategy.FULL.value] = trained(Strategy.FULL, task, experiment)
+    taken = predictions[LAST_MEANS if task.head == "means" else selection.strategy.value]
+    steps = task.steps(selection.strategy)
     predictions[ADAPT] = {steps: taken[steps]}
-    return predictions, choice, [one.figures() for one in choice.verdicts]
+    return predictions, selection, [one.to_json() for one in selection.cross_validation]
 
 
 def run_cell(
@@ -171,8 +185,8 @@ def run_cell(
     """Measure a cell, or read it where it has been measured.
 
     Returns:
-        The cell, every method's `top1` after all its steps, `adapt`'s `path` and `steps`, `cross_validation`
-        and `seconds`.
+        The cell, every method's `top1` after all its steps, `adapt`'s `strategy` and `steps`,
+        `cross_validation` and `seconds`.
     """
     photos = experiment.pool.subset(k_shot(experiment.pool, cell.shots, cell.seed))
     settings, training = replace(settings, seed=cell.seed), replace(training, seed=cell.seed)
@@ -184,11 +198,16 @@ def run_cell(
     def produce(out: Path) -> dict[str, Any]:
         from synthkit.learning.fit import Examples
 
-        start = Start(experiment.student, False, None)
-        site = Site(start, Examples(photos, experiment.student.preprocessing), settings, training)
-        predictions, choice, verdicts = measure(site, experiment, c)
+        start = StartingStudent(experiment.student, False, None)
+        task = AdaptationTask(start, Examples(photos, experiment.student.preprocessing), settings, training)
+        predictions, selection, results = measure(task, experiment, c)
         write_json(out / _PREDICTIONS, predictions)
-        return {"path": choice.path.name, "steps": site.steps(choice.path), "cross_validation": verdicts}
+        strategy = selection.strategy
+        return {
+            "strategy": strategy.value,
+            "steps": task.steps(strategy),
+            "cross_validation": results,
+        }
 
     done = run_stage(FunctionStage("photo-table", work / cell.name, key, produce))
     predictions = json.loads((done.out / _PREDICTIONS).read_text(encoding="utf-8"))

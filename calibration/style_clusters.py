@@ -14,7 +14,7 @@ from synthkit.errors import ConfigError, MissingExtra
 _RESTARTS = 10  # of k-means
 
 
-def group_by_look(latents: np.ndarray, labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+def cluster_by_style(latents: np.ndarray, labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     """Group photos by their looks.
 
     Args:
@@ -31,7 +31,7 @@ def group_by_look(latents: np.ndarray, labels: np.ndarray, count: int, seed: int
     """
     if count == 1:
         return np.zeros(len(latents), dtype=np.int64)
-    features = look_features(latents, labels)
+    features = style_features(latents, labels)
     differing = len(np.unique(features.round(6), axis=0))
     if differing < count:
         raise ConfigError(
@@ -41,7 +41,7 @@ def group_by_look(latents: np.ndarray, labels: np.ndarray, count: int, seed: int
     return _by_size(_k_means(features, count, seed))
 
 
-def look_features(latents: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def style_features(latents: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Features of the look [N, 2 C]: each channel's mean and standard deviation, the class taken off.
 
     They keep the units of the latents, in which a channel counts by how much it varies. Standardised, those

@@ -258,7 +258,7 @@ def run_chain(chain: Chain, *, force: bool) -> AdaptResult:
     return AdaptResult(
         bundle,
         {result.manifest.stage: "skipped" if result.skipped else "done" for result in results},
-        adapted["path"],
+        adapted["strategy"],
         adapted["reason"],
         adapted["steps"],
         adapted["cross_validation"],

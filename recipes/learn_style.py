@@ -94,7 +94,7 @@ class LearnStyle:
             ConfigError: there are fewer photos than clusters, none can be held out, or no such device.
             ModelError: the model does not load, or the token or its init word does not suit it.
         """
-        from synthkit.calibration.style_clusters import group_by_look
+        from synthkit.calibration.style_clusters import cluster_by_style
         from synthkit.diffusion.parts import encode_images, image_size, load_parts
         from synthkit.learning.gradients import best_device
 
@@ -104,7 +104,7 @@ class LearnStyle:
         parts = load_parts(resolve_model(self.model), str(best_device(settings.device)))
         pixels = photos.load(whole_picture(image_size(parts)))
         latents = encode_images(parts.vae, pixels)
-        groups = group_by_look(latents.cpu().numpy(), photos.labels, settings.clusters, settings.seed)
+        groups = cluster_by_style(latents.cpu().numpy(), photos.labels, settings.clusters, settings.seed)
         names = [words[photos.classes[label]] for label in photos.labels]
         clusters = [
             _Cluster(number, cluster_token(settings.token, number), np.flatnonzero(groups == number))

@@ -166,15 +166,16 @@ class TrainSettings:
 class AdaptSettings:
     """`adapt`: the last layers on the real photos."""
 
-    layers: Literal["auto", "1", "2", "4"] = setting(
-        "auto", "units to adapt: head, + last block, + last stage"
+    strategy: Literal["auto", "unchanged", "last-1", "last-2", "last-4", "full"] = setting(
+        "auto", "layer groups that learn the photos, counted from the head; auto: by cross-validation"
     )
-    path: str = setting("auto", "adaptation path; auto: chosen by cross-validation")
     head: Literal["auto", "keep", "new", "means"] = setting(
-        "auto", "how the head starts: as it is, from zero, or from class means; auto: by the photos"
+        "auto",
+        "initial head: kept, new (every logit zero) or from class means; auto: kept, but means where new "
+        "classes have one photo, and random for the strategy full, as in bridged transfer++",
     )
     adapt_steps: int | None = setting(
-        None, "gradient steps over the last units; chosen: 60, or 120 for new classes", minimum=1
+        None, "gradient steps over the last layer groups; chosen: 60, or 120 for new classes", minimum=1
     )
     adapt_lr: float = setting(0.001, "peak learning rate", minimum=0)
     views: int = setting(8, "augmented views of a photo that the frozen layers see", minimum=1)

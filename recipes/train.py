@@ -45,7 +45,7 @@ from synthkit.metrics.classification import top1
 from synthkit.recipes.settings import TrainSettings
 
 if TYPE_CHECKING:
-    from synthkit.learning.fit import Batches, FitSettings
+    from synthkit.learning.fit import BatchSource, FitSettings
     from synthkit.learning.students import Student
 
 log = logging.getLogger(__name__)
@@ -349,7 +349,7 @@ def run_phase(
     from synthkit.learning.students import SYNTHETIC
 
     if phase.new_head:
-        student.new_head(settings.seed)
+        student.reset_head(settings.seed)
     student.model.requires_grad_(True)
     remaining, validate = _hold_out(student, phase, settings, data)
     name = phase.domain.value
@@ -398,10 +398,10 @@ def _hold_out(
     return replace(data, photos=photos.subset(others)), validate
 
 
-def _batches(student: Student, phase: Phase, settings: TrainSettings, data: TrainingData) -> Batches:
+def _batches(student: Student, phase: Phase, settings: TrainSettings, data: TrainingData) -> BatchSource:
     """The source of a phase's batches."""
     from synthkit.learning.fit import Examples
-    from synthkit.learning.mixed_batches import Blend
+    from synthkit.learning.mixed_batches import MixedBatches
 
     needs_real, needs_synthetic = phase.domain is not Domain.SYNTHETIC, phase.domain is not Domain.REAL
     real = Examples(data.photos, student.preprocessing) if data.photos and needs_real else None
@@ -415,7 +415,7 @@ def _batches(student: Student, phase: Phase, settings: TrainSettings, data: Trai
     # The auxiliary norms take exactly half of each kind.
     chosen = None if phase.auxiliary_norm else settings.real_share
     share = chosen or phase.real_share or len(real) / (len(real) + len(synthetic))
-    return Blend(real, synthetic, share, settings.real_weight if phase.weighted_loss else None)
+    return MixedBatches(real, synthetic, share, settings.real_weight if phase.weighted_loss else None)
 
 
 def untrained_student(settings: TrainSettings, data: TrainingData) -> Student:

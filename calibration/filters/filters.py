@@ -177,9 +177,9 @@ def fit_filters(choices: Choices, photos: ImageSet | None, test: ImageSet | None
 
 
 def _open_judge(folder: Path, photos: ImageSet | None, words: Words) -> ClassJudge:
-    from synthkit.learning.students import before_photos
+    from synthkit.learning.students import untrained_on
 
-    judge = open_judge(before_photos(folder, photos) if photos else folder, words)
+    judge = open_judge(untrained_on(folder, photos) if photos else folder, words)
     unknown = [name for name in photos.classes if name not in judge.classes] if photos else []
     if photos and unknown:
         raise DataError(

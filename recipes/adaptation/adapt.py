@@ -1,7 +1,7 @@
 """`adapt`: the student meets the site. Its last layers learn the real photos, by the path that suits them.
 
     student/synthetic/ ──┬─ unchanged ───────────────────────────────┐
-                         ├─ last 1, 2 or 4 units, head as --head has ┼─ cross-validated on photos ─► adapted/
+                         ├─ last-1, last-2, last-4: layer groups ────┼─ cross-validated on photos ─► adapted/
     student/ ────────────┴─ full: all layers, new head (bridged++) ──┘
 
 Hennicke et al. 2024 (arXiv 2405.03243) find the synthetic-to-real drop in the last layers, Li et al. 2024
@@ -20,8 +20,15 @@ from synthkit.artifacts import Key, fingerprint, read_manifest
 from synthkit.data.images import ImageSet
 from synthkit.errors import DataError, ModelError
 from synthkit.learning.curves import CURVES
-from synthkit.recipes.adaptation.selection import Choice, choose_path
-from synthkit.recipes.adaptation.strategies import FULL, Site, Start, candidates, course, follow
+from synthkit.recipes.adaptation.selection import select_strategy
+from synthkit.recipes.adaptation.strategies import (
+    AdaptationTask,
+    StartingStudent,
+    Strategy,
+    candidates,
+    prepare,
+    train_strategy,
+)
 from synthkit.recipes.settings import AdaptSettings, TrainSettings
 from synthkit.recipes.train import (
     BRIDGED,
@@ -65,7 +72,7 @@ class Adapt:
             fetch: has no part in this stage; pretrained weights are fetched when it runs.
 
         Raises:
-            ConfigError: a path is named that needs a student that knows the classes, or there are no weights.
+            ConfigError: the strategy needs a student that knows the classes, or there are no weights.
         """
         candidates(self.settings, knows_classes=self.student_dir is not None)
         check_settings(self.training)
@@ -90,30 +97,33 @@ class Adapt:
         return Key(inputs, {self.name: self.settings, "train": self.training})
 
     def run(self, work: Path, previous: Path | None) -> dict[str, Any]:
-        """Choose a path by cross-validation and follow it.
+        """Select a strategy by cross-validation and train by it.
 
         Returns:
-            the path, the reason and every path's result.
+            The strategy, the reason and the result of every strategy.
         """
         from synthkit.learning.fit import Examples
 
         start = _start(self.student_dir, self.training, self.photos)
         distinct = self.photos.distinct().with_classes(start.student.classes)
         examples = Examples(distinct, start.student.preprocessing)
-        site = Site(start, examples, self.settings, self.training)
-        choice = choose_path(site)
-        log.info("adapt: %s, %s", choice.path.name, choice.reason)
-        _student(site, choice, work / CURVES).save(work)
-        scores = [verdict.figures() for verdict in choice.verdicts]
-        metrics = {"path": choice.path.name, "steps": site.steps(choice.path), "reason": choice.reason}
-        return {**metrics, "cross_validation": scores}
+        task = AdaptationTask(start, examples, self.settings, self.training)
+        selection = select_strategy(task)
+        log.info("adapt: %s, %s", selection.strategy.value, selection.reason)
+        _adapted_student(task, selection.strategy, work / CURVES).save(work)
+        return {
+            "strategy": selection.strategy.value,
+            "steps": task.steps(selection.strategy),
+            "reason": selection.reason,
+            "cross_validation": [result.to_json() for result in selection.cross_validation],
+        }
 
 
-def _start(student_dir: Path | None, training: TrainSettings, photos: ImageSet) -> Start:
-    from synthkit.learning.students import SYNTHETIC, has_learned, load_student
+def _start(student_dir: Path | None, training: TrainSettings, photos: ImageSet) -> StartingStudent:
+    from synthkit.learning.students import SYNTHETIC, load_student, was_trained_on
 
     if student_dir is None:
-        return Start(untrained_student(training, TrainingData(None, photos)), False, None)
+        return StartingStudent(untrained_student(training, TrainingData(None, photos)), False, None)
     synthetic = student_dir / SYNTHETIC
     student = load_student(synthetic if synthetic.is_dir() else student_dir)
     if set(student.classes) != set(photos.classes):
@@ -121,20 +131,20 @@ def _start(student_dir: Path | None, training: TrainSettings, photos: ImageSet) 
             f"the student in {student_dir} knows the classes {', '.join(student.classes)}, the photos show "
             f"{', '.join(photos.classes)}; train a student on these classes"
         )
-    learned = has_learned(student_dir, photos)
+    learned = was_trained_on(student_dir, photos)
     if learned and synthetic.is_dir():
-        return Start(student, True, _as_full(student_dir, training))
+        return StartingStudent(student, True, _reusable_full_finetune(student_dir, training))
     if learned:
         log.warning(
             "adapt: %s has learned these very photos, so cross-validation favours leaving it unchanged; "
-            "name the path with --layers, or adapt the student of --method synthetic",
+            "name a strategy with --strategy, or adapt the student of --method synthetic",
             student_dir,
         )
-    return Start(student, True, None)
+    return StartingStudent(student, True, None)
 
 
-def _as_full(student_dir: Path, training: TrainSettings) -> Student | None:
-    """The student that learned these photos, if `train` made it just as the path over all layers would."""
+def _reusable_full_finetune(student_dir: Path, training: TrainSettings) -> Student | None:
+    """The student that learned these photos, if `train` made it as the strategy "full" would."""
     from synthkit.learning.students import load_student
 
     manifest = read_manifest(student_dir)
@@ -142,20 +152,19 @@ def _as_full(student_dir: Path, training: TrainSettings) -> Student | None:
     return load_student(student_dir) if same and training.method == BRIDGED else None
 
 
-def _student(site: Site, choice: Choice, curves: Path) -> Student:
-    """The student at the end of the path."""
-    if choice.path is FULL and site.start.full and site.settings.head in ("auto", "new"):
-        return site.start.full
-    begun = course(choice.path, site)
-    follow(choice.path, site, begun, curves=curves)
-    return begun.whole
+def _adapted_student(task: AdaptationTask, strategy: Strategy, curves: Path) -> Student:
+    if strategy is Strategy.FULL and task.start.full and task.settings.head == "auto":
+        return task.start.full
+    trainable = prepare(strategy, task)
+    train_strategy(strategy, task, trainable, curves=curves)
+    return trainable.student
 
 
-def describe(verdicts: Sequence[Mapping[str, Any]]) -> str:
-    """The cross-validation as a short table for a person."""
-    most = max((one["photos"] for one in verdicts), default=0)
+def describe(results: Sequence[Mapping[str, Any]]) -> str:
+    """The cross-validation as a short table."""
+    most = max((result["photos"] for result in results), default=0)
     return "\n".join(
-        f"  {one['path']:<10} {one['top1']:.0%} of held-out photos"
-        + f", given up after {one['photos']} of {most}" * (one["photos"] < most)
-        for one in verdicts
+        f"  {result['strategy']:<10} {result['top1']:.0%} of held-out photos"
+        + f", stopped early after {result['photos']} of {most}" * (result["photos"] < most)
+        for result in results
     )

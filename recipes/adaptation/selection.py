@@ -1,6 +1,6 @@
-"""The choice among the paths of adaptation, on photos held out.
+"""Selection of the fine-tuning strategy by cross-validation on the real photos.
 
-candidates ──each followed on all folds but one, judged on the one──► verdicts ──► the path, and its steps
+candidates ──each trained on all folds but one, evaluated on the one──► results ──► strategy
 """
 
 from __future__ import annotations
@@ -15,181 +15,171 @@ import numpy as np
 from synthkit.data.splits import stratified_folds
 from synthkit.metrics.classification import is_worse, log_loss
 from synthkit.recipes.adaptation.strategies import (
-    FULL,
-    LAST,
-    PATHS,
-    UNCHANGED,
-    AdaptPath,
-    Site,
-    Start,
-    course,
-    follow,
+    AdaptationTask,
+    StartingStudent,
+    Strategy,
+    prepare,
+    train_strategy,
 )
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What cross-validation says of a path.
+class CrossValidationResult:
+    """Cross-validation of one strategy.
 
     Attributes:
-        path: its name.
+        strategy: the strategy.
         steps: its gradient steps.
-        top1: share of held-out photos that were right.
+        top1: share of held-out photos that were classified correctly.
         loss: mean negative log-likelihood of the held-out photos.
-        judged: whether a photo was held out, bool [N]; not all where the path fell behind early.
-        right: whether a photo was right when it was held out, bool [N].
+        evaluated: photos that were held out, bool [N]; not all if the strategy was stopped early.
+        correct: photos that were held out and classified correctly, bool [N].
     """
 
-    path: str
+    strategy: Strategy
     steps: int
     top1: float
     loss: float
-    judged: np.ndarray
-    right: np.ndarray
+    evaluated: np.ndarray
+    correct: np.ndarray
 
-    def figures(self) -> dict[str, Any]:
-        """path, steps, top1, loss, and `photos`: how many were held out."""
+    def to_json(self) -> dict[str, Any]:
+        """strategy, steps, top1, loss, and `photos`: the number that was held out."""
         return {
-            "path": self.path,
+            "strategy": self.strategy.value,
             "steps": self.steps,
             "top1": self.top1,
             "loss": self.loss,
-            "photos": int(self.judged.sum()),
+            "photos": int(self.evaluated.sum()),
         }
 
 
 @dataclass(frozen=True)
-class Choice:
-    """The path to follow.
+class Selection:
+    """The selected strategy.
 
     Attributes:
-        path: which.
-        reason: why, for a person.
-        verdicts: what cross-validation said of each path.
+        strategy: the strategy.
+        reason: the reason in words.
+        cross_validation: the results that it rests on; empty if there are none.
     """
 
-    path: AdaptPath
+    strategy: Strategy
     reason: str
-    verdicts: list[Verdict]
+    cross_validation: list[CrossValidationResult]
 
 
-def choose_path(site: Site) -> Choice:
-    """The path to follow, and what cross-validation said of each.
+def select_strategy(task: AdaptationTask) -> Selection:
+    """Select a strategy by cross-validation.
 
-    The photos are dealt into folds; each path is followed on all folds but one and judged on the one. All
-    layers, whose fold costs more than all folds of the last units, are given up early (see `_hopeless`).
+    A fold of all layers costs more than all folds of the last layer groups, so the strategy "full" is stopped
+    early if it has little chance (see `should_stop_early`).
     """
-    if len(site.candidates) == 1:
-        return _as_asked(site, site.candidates[0])
-    if site.folds < 2:
+    if len(task.candidates) == 1:
+        return _as_requested(task, task.candidates[0])
+    if task.folds < 2:
         reason = "the default where a class has one photo, since none can be held out"
-        return Choice(_default(site.start), reason, [])
-    verdicts: list[Verdict] = []
-    for path in site.candidates:
-        verdicts.append(judge(path, site, rival=_rival(site.start, verdicts) if path is FULL else None))
-    finished = [verdict for verdict in verdicts if verdict.judged.all()]
-    chosen = _chosen(site.start, finished)
+        return Selection(_default(task.start), reason, [])
+    results: list[CrossValidationResult] = []
+    for strategy in task.candidates:
+        baseline = _baseline(task.start, results) if strategy is Strategy.FULL else None
+        results.append(cross_validate(strategy, task, baseline=baseline))
+    finished = [result for result in results if result.evaluated.all()]
+    selected = _select(task.start, finished)
     reason = (
-        f"{chosen.top1:.0%} of {len(site.labels)} held-out photos right in {site.folds}-fold cross-validation"
+        f"{selected.top1:.0%} of {len(task.labels)} held-out photos right in {task.folds}-fold "
+        "cross-validation"
     )
-    if chosen.top1 < _best(finished).top1:
-        reason += "; the default, since no path is ahead of it by more than chance"
-    return Choice(PATHS[chosen.path], reason, verdicts)
+    if selected.top1 < _best(finished).top1:
+        reason += "; the default, since no strategy is ahead of it by more than chance"
+    return Selection(selected.strategy, reason, results)
 
 
-def _chosen(start: Start, verdicts: Sequence[Verdict]) -> Verdict:
-    """The path with most held-out photos right; of equal ones that which changes least.
-
-    Where the classes are new, the default, unless others are ahead by more than a standard deviation of
-    chance. Over ten draws of 2 and 4 photos per class of five photo sets (mobilenetv2 at 64 pixels), judged
-    on further photos of the pools, this was right in 50.3 %. The best of four looks along every path, however
-    little ahead, gave 49.8 %; always the last 4, 2, 1 units or all layers 49.0, 49.5, 45.4, 48.0 %; the best
-    path of every draw in hindsight 52.5 %.
-    """
+def _select(start: StartingStudent, results: Sequence[CrossValidationResult]) -> CrossValidationResult:
+    """The best result; if the classes are new, the default unless it is clearly worse than others."""
     if start.knows_classes:
-        return _best(verdicts)
-    usual = _rival(start, verdicts)
-    ahead = [verdict for verdict in verdicts if is_worse(usual.right, verdict.right)]
-    return _best(ahead or [usual])
+        return _best(results)
+    default = _baseline(start, results)
+    better = [result for result in results if is_worse(default.correct, result.correct)]
+    return _best(better or [default])
 
 
-def _rival(start: Start, verdicts: Sequence[Verdict]) -> Verdict:
-    """What all layers have to beat: the best other path or, where the classes are new, the default."""
+def _baseline(start: StartingStudent, results: Sequence[CrossValidationResult]) -> CrossValidationResult:
+    """The result to beat: the best one or, if the classes are new, the default's."""
     if start.knows_classes:
-        return _best(verdicts)
-    return next(verdict for verdict in verdicts if verdict.path == _default(start).name)
+        return _best(results)
+    return next(result for result in results if result.strategy is _default(start))
 
 
-def _hopeless(start: Start, right: np.ndarray, rival: np.ndarray) -> bool:
-    """Whether further folds are not worth their time.
+def should_stop_early(start: StartingStudent, correct: np.ndarray, baseline: np.ndarray) -> bool:
+    """True if further folds are not worth their time.
 
-    They are not once the path has fallen behind its rival or, where the classes are new, is not ahead of it:
-    there it would have to be clearly ahead in the end.
+    A student that knows its classes must not be clearly worse than the baseline so far. One with new classes
+    must be better, since it would have to be clearly better in the end.
 
     Args:
-        start: says whether the classes are new.
-        right: whether the path is right on the photos held out so far, bool [N].
-        rival: whether its rival is, bool [N].
+        start: the student before adaptation.
+        correct: photos held out so far that are classified correctly, bool [N].
+        baseline: the same of the baseline, bool [N].
     """
-    return is_worse(right, rival) if start.knows_classes else int(right.sum()) <= int(rival.sum())
+    if start.knows_classes:
+        return is_worse(correct, baseline)
+    return int(correct.sum()) <= int(baseline.sum())
 
 
-def _best(verdicts: Sequence[Verdict]) -> Verdict:
-    return max(verdicts, key=lambda verdict: verdict.top1)  # the first of equal ones, as PATHS orders them
+def _best(results: Sequence[CrossValidationResult]) -> CrossValidationResult:
+    """The result with the highest top-1; of equal ones that of the strategy that changes least."""
+    return max(results, key=lambda result: result.top1)
 
 
-def _as_asked(site: Site, path: AdaptPath) -> Choice:
-    """The one path that was asked for; where it does worse than the unchanged student, the reason says so."""
-    choice = Choice(path, "as asked for", [])
-    if path is UNCHANGED or not site.start.knows_classes:
-        return choice
-    if site.folds < 2:
-        return replace(choice, reason="as asked for; a class has one photo, so nothing says whether it helps")
-    parent, asked = verdicts = [judge(UNCHANGED, site), judge(path, site)]
-    if asked.top1 < parent.top1:
+def _as_requested(task: AdaptationTask, strategy: Strategy) -> Selection:
+    """The requested strategy; the reason says so if it does worse than the unchanged student."""
+    selection = Selection(strategy, "as asked for", [])
+    if strategy is Strategy.UNCHANGED or not task.start.knows_classes:
+        return selection
+    if task.folds < 2:
+        reason = "as asked for; a class has one photo, so nothing says whether it helps"
+        return replace(selection, reason=reason)
+    results = [cross_validate(Strategy.UNCHANGED, task), cross_validate(strategy, task)]
+    unchanged, requested = results
+    if requested.top1 < unchanged.top1:
         reason = (
-            f"as asked for, but {asked.top1:.0%} of {len(site.labels)} held-out photos were right, and "
-            f"{parent.top1:.0%} with the student unchanged"
+            f"as asked for, but {requested.top1:.0%} of {len(task.labels)} held-out photos were right, and "
+            f"{unchanged.top1:.0%} with the student unchanged"
         )
-        log.warning("adapt: %s does worse than the student as it was; %s", path.name, reason)
-        return replace(choice, reason=reason, verdicts=verdicts)
-    return replace(choice, verdicts=verdicts)
+        log.warning("adapt: %s does worse than the student as it was; %s", strategy.value, reason)
+        return replace(selection, reason=reason, cross_validation=results)
+    return replace(selection, cross_validation=results)
 
 
-def _default(start: Start) -> AdaptPath:
-    """The path where a class has one photo; where the classes are new, others have to be clearly ahead of it.
-
-    In two draws of one photo per class each, judged on further photos outside the draw and the test set,
-    training the last unit gained 2 and 7 points on handwritten digits and lost 9 and 20 on meter digits: what
-    synthetic images taught is the safer choice.
-
-    A new head has to learn. Over 40 draws of five photo sets (mobilenetv2 at 64 and 112 pixels, mobilenetv1
-    at 64), judged on further photos of the pools, the last 4 units from class means were right in 37.7 %, the
-    last 2 in 36.8 %, the last 1 in 34.2 %; from heads of zero 37.1, 37.3 and 34.8 %.
-    """
-    return UNCHANGED if start.knows_classes else LAST[-1]
+def _default(start: StartingStudent) -> Strategy:
+    """The strategy to take without evidence for another one."""
+    return Strategy.UNCHANGED if start.knows_classes else Strategy.LAST_4
 
 
-def judge(path: AdaptPath, site: Site, rival: Verdict | None = None) -> Verdict:
-    """Follow a path once per fold, and look at the held-out photos.
+def cross_validate(
+    strategy: Strategy, task: AdaptationTask, baseline: CrossValidationResult | None = None
+) -> CrossValidationResult:
+    """Train by a strategy once per fold, and evaluate it on the photos that are held out.
 
     Args:
-        path: which.
-        site: student and photos.
-        rival: the verdict to beat; the folds that are left are not tried once that is hopeless.
+        strategy: the strategy.
+        task: student and photos.
+        baseline: the result to beat; remaining folds are skipped if `should_stop_early`.
     """
-    begun, labels = course(path, site), site.labels
-    logits = np.zeros((len(labels), len(begun.whole.classes)), np.float32)
-    judged = np.zeros(len(labels), bool)
-    for kept, held_out in stratified_folds(labels, site.folds, site.settings.seed):
-        fold = begun.fold(kept)
-        follow(path, site, fold)
-        logits[held_out] = begun.lesson.logits(fold.trained, held_out)
-        judged[held_out] = True
-        right = (logits.argmax(1) == labels) & judged
-        if rival and _hopeless(site.start, right[judged], rival.right[judged]):
+    trainable, labels = prepare(strategy, task), task.labels
+    logits = np.zeros((len(labels), len(trainable.student.classes)), np.float32)
+    evaluated = np.zeros(len(labels), bool)
+    for training, validation in stratified_folds(labels, task.folds, task.settings.seed):
+        fold = trainable.fold(training)
+        train_strategy(strategy, task, fold)
+        logits[validation] = trainable.data.logits(fold.trained, validation)
+        evaluated[validation] = True
+        correct = (logits.argmax(1) == labels) & evaluated
+        if baseline and should_stop_early(task.start, correct[evaluated], baseline.correct[evaluated]):
             break
-    loss = log_loss(logits[judged], labels[judged])
-    return Verdict(path.name, site.steps(path), float(right[judged].mean()), loss, judged, right)
+    loss = log_loss(logits[evaluated], labels[evaluated])
+    top1 = float(correct[evaluated].mean())
+    return CrossValidationResult(strategy, task.steps(strategy), top1, loss, evaluated, correct)

@@ -24,7 +24,14 @@ from synthkit.data.images import ImageSet
 from synthkit.data.splits import check_disjoint, draw, stratified_folds
 from synthkit.errors import ConfigError, DataError, ModelError, nearest
 from synthkit.metrics.classification import top1, wilson_interval
-from synthkit.recipes.adaptation.strategies import LAST, AdaptPath, Site, Start, course, follow
+from synthkit.recipes.adaptation.strategies import (
+    LAST,
+    AdaptationTask,
+    StartingStudent,
+    Strategy,
+    prepare,
+    train_strategy,
+)
 from synthkit.recipes.settings import AdaptSettings, TrainSettings
 from synthkit.recipes.train import (
     TrainingData,
@@ -38,7 +45,7 @@ if TYPE_CHECKING:
     import torch
 
     from synthkit.learning.feature_cache import Layers
-    from synthkit.learning.fit import Batches, Examples, FitSettings
+    from synthkit.learning.fit import BatchSource, Examples, FitSettings
     from synthkit.learning.students import Student
 
 SYNTHETIC, REAL = "synthetic", "real"
@@ -345,13 +352,13 @@ def mixed_student(probe: Probe, first: str, count: int) -> Student:
 
     student, learned = probe.initial.clone(), probe.student(first)
     copy_layer_groups(learned, student, count)
-    student.train_only_last(len(student.units()) - count)
+    student.train_only_last(len(student.layer_groups()) - count)
     try:
         cut = split(student)
     except NotImplementedError as error:
         raise ModelError(f"`probe` cannot split this student: {error}; use another --student") from None
     other = _examples(probe.images(REAL if first == SYNTHETIC else SYNTHETIC), student)
-    batches: Batches = FrozenThenTrainable(other, student, cut.frozen)
+    batches: BatchSource = FrozenThenTrainable(other, student, cut.frozen)
     fit(cut.trained, batches, probe.fit_settings(), label=f"{count} layer groups of {first}")
     student.model.eval()
     return student
@@ -359,7 +366,7 @@ def mixed_student(probe: Probe, first: str, count: int) -> Student:
 
 def copy_layer_groups(source: Student, target: Student, count: int) -> None:
     """Copy weights and statistics of the first layer groups of one student into another, in place."""
-    names = {name for group in source.units()[:count] for name in group}
+    names = {name for group in source.layer_groups()[:count] for name in group}
     owners = {name.rpartition(".")[0] for name in names}
     state, own = source.model.state_dict(), target.model.state_dict()
     taken = {key: value for key, value in state.items() if key in names or key.rpartition(".")[0] in owners}
@@ -379,7 +386,7 @@ def curve_points(groups: int, count: int) -> list[int]:
 
 def curve(probe: Probe, count: int) -> Iterator[CurvePoint]:
     """Top-1 for every k and both orders; k = 0 and k = all are the students of one domain alone."""
-    groups = len(probe.initial.units())
+    groups = len(probe.initial.layer_groups())
     for first, second in ((SYNTHETIC, REAL), (REAL, SYNTHETIC)):
         yield CurvePoint(first, 0, probe.train(second))
         for k in curve_points(groups, count):
@@ -404,23 +411,24 @@ def efficiency(probe: Probe, settings: AdaptSettings) -> Iterator[EfficiencyPoin
     """
     for fraction in FRACTIONS:
         photos = share(probe.real, fraction, probe.training.seed)
-        for path in LAST:
-            top = _last_layer_groups(probe, settings, path, photos)
-            yield EfficiencyPoint(fraction, len(photos), path.name, top)
+        for strategy in LAST:
+            top = _last_layer_groups(probe, settings, strategy, photos)
+            yield EfficiencyPoint(fraction, len(photos), strategy.value, top)
         yield EfficiencyPoint(fraction, len(photos), "real only", _real_only(probe, photos))
 
 
-def _last_layer_groups(probe: Probe, settings: AdaptSettings, path: AdaptPath, photos: ImageSet) -> float:
-    asked = replace(settings, path=path.name, layers="auto")
+def _last_layer_groups(probe: Probe, settings: AdaptSettings, strategy: Strategy, photos: ImageSet) -> float:
+    asked = replace(settings, strategy=strategy.value)
 
     def measure(_work: Path) -> float:
         student = probe.student(SYNTHETIC)
-        site = Site(Start(student, True, None), _examples(photos, student), asked, probe.training)
-        begun = course(path, site)
-        follow(path, site, begun)
-        return probe.score(begun.whole)
+        start = StartingStudent(student, True, None)
+        task = AdaptationTask(start, _examples(photos, student), asked, probe.training)
+        trainable = prepare(strategy, task)
+        train_strategy(strategy, task, trainable)
+        return probe.score(trainable.student)
 
-    name = f"{path.name}-{len(photos)}-photos"
+    name = f"{strategy.value}-{len(photos)}-photos"
     return probe.measured(name, measure, photos=photos.digest, adapt=asdict(asked))
 
 
@@ -525,7 +533,7 @@ def run_probe(
     points = list(curve(probe, settings.points))
     gap, shares = recovered(points)
     return ProbeResult(
-        layer_groups=[group[0].rpartition(".")[0] for group in probe.initial.units()],
+        layer_groups=[group[0].rpartition(".")[0] for group in probe.initial.layer_groups()],
         curve=points,
         gap=gap,
         recovered=shares,

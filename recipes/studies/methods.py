@@ -83,7 +83,7 @@ class Run:
 
     def strategy(self) -> str:
         """Run the chain until `adapt`; returns the fine-tuning strategy that it chose."""
-        return str(self.run_until("adapt").manifest.metrics["path"])
+        return str(self.run_until("adapt").manifest.metrics["strategy"])
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def train_by(run: Run, method: str, **changes: Any) -> Path:
 
 def adapt_last(run: Run, count: int) -> Path:
     """Fine-tune the last layer groups of the synthetic student on the photos; returns the folder."""
-    settings = override(run.settings.adapt, {"path": "auto", "layers": str(count)})
+    settings = override(run.settings.adapt, {"strategy": f"last-{count}"})
     student, out = run.run_until("train").out, run.workspace.root / f"last-{count}"
     return run_stage(Adapt(settings, run.settings.train, student, run.photos, out)).out
 

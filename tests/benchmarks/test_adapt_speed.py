@@ -15,7 +15,7 @@ pytest.importorskip("timm")
 from benchmarks.adapt_speed import expected, main, ratios
 from synthkit.data.images import ImageSet
 from synthkit.learning.fit import Examples
-from synthkit.recipes.adaptation.strategies import LAST, Site, Start
+from synthkit.recipes.adaptation.strategies import LAST, AdaptationTask, StartingStudent
 from synthkit.recipes.settings import AdaptSettings, TrainSettings
 from tests.tiny_students import colour_folders, lively_student
 
@@ -35,8 +35,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def parts(folders: Path) -> tuple[Any, ...]:
     student = lively_student(0, COLOURS)
     photos = ImageSet.scan(folders / "pool")
-    settings = AdaptSettings(adapt_steps=3, views=2, path="last-1")
-    return Start(student, False, None), Examples(photos, student.preprocessing), settings, TrainSettings()
+    settings = AdaptSettings(adapt_steps=3, views=2, strategy="last-1")
+    return (
+        StartingStudent(student, False, None),
+        Examples(photos, student.preprocessing),
+        settings,
+        TrainSettings(),
+    )
 
 
 def test_the_command_times_every_way(folders: Path) -> None:
@@ -55,7 +60,7 @@ def test_the_command_times_every_way(folders: Path) -> None:
 
 
 def test_what_is_expected_counts_images(parts: tuple[Any, ...]) -> None:
-    assert expected(Site(*parts), LAST[0]) == {
+    assert expected(AdaptationTask(*parts), LAST[0]) == {
         "cached": 9 * 3,
         "plain_stage": 3 * 32,
         "plain_whole": (1 + 3 * 3) * 3 * 32,

@@ -49,7 +49,7 @@ def test_every_method_is_measured_and_cells_join_another_table(folders: Path) ->
     assert [(cell["shots"], cell["seed"]) for cell in table["cells"]] == [(1, 0), (2, 0)]
     assert table["settings"]["n_test"] == {"colours": 7}
     for cell in table["cells"]:
-        taken = "last-4 means" if cell["shots"] == 1 else cell["path"]
+        taken = "last-4 means" if cell["shots"] == 1 else cell["strategy"]
         assert set(cell["top1"]) == METHODS and cell["top1"]["adapt"] == cell["top1"][taken]
     joined = call(folders, "--add", str(folders / "table.json"), "--work", str(folders / "unused"))
     assert joined.exit_code == 0 and not (folders / "unused").exists()

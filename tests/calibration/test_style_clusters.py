@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from synthkit.calibration.style_clusters import class_effects, group_by_look, look_features
+from synthkit.calibration.style_clusters import class_effects, cluster_by_style, style_features
 from synthkit.errors import ConfigError
 
 pytest.importorskip("sklearn")
@@ -32,7 +32,7 @@ def pairs(groups: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(("per_class", "class_shift"), [(1, 0.0), (4, 0.0), (8, 2.0)])
 def test_planted_looks_are_found_whatever_the_classes_add(per_class: int, class_shift: float) -> None:
     latents, labels, looks = planted(per_class, class_shift)
-    groups = group_by_look(latents, labels, 3, 0)
+    groups = cluster_by_style(latents, labels, 3, 0)
     assert (pairs(groups) == pairs(looks)).mean() > 0.97
     sizes = np.bincount(groups)
     assert len(sizes) == 3 and (np.diff(sizes) <= 0).all(), "the largest comes first"
@@ -73,20 +73,20 @@ def test_one_class_far_off_keeps_its_own_shift_out() -> None:
 
 def test_features_are_means_and_deviations_of_the_channels() -> None:
     latents, labels, _ = planted(1)
-    features = look_features(latents, labels)
+    features = style_features(latents, labels)
     assert np.allclose(features[:, 1], latents[:, 1].mean((1, 2)))
     assert np.allclose(features[:, 5], latents[:, 2].std((1, 2)))
 
 
 def test_groups_are_the_same_every_time_and_one_group_is_all() -> None:
     latents, labels, _ = planted(4)
-    assert np.array_equal(group_by_look(latents, labels, 4, 7), group_by_look(latents, labels, 4, 7))
-    assert not group_by_look(latents, labels, 1, 0).any()
+    assert np.array_equal(cluster_by_style(latents, labels, 4, 7), cluster_by_style(latents, labels, 4, 7))
+    assert not cluster_by_style(latents, labels, 1, 0).any()
 
 
 def test_more_clusters_than_photos_that_differ_are_refused() -> None:
     latents, labels, _ = planted(1)
     latents[3:] = latents[3]
     with pytest.raises(ConfigError, match="5 clusters were asked for, but there are 4 photos that differ"):
-        group_by_look(latents, labels, 5, 0)
-    assert len(np.unique(group_by_look(latents, labels, 4, 0))) == 4
+        cluster_by_style(latents, labels, 5, 0)
+    assert len(np.unique(cluster_by_style(latents, labels, 4, 0))) == 4

@@ -210,8 +210,6 @@ def test_adapt_and_generate_filter_alike(site: Site) -> None:
             ["--set", "filter.filter=class", "--set", "filter.classifier=w/student"],
             "is made by this very run",
         ),
-        (["--path", "lst-1"], "no path 'lst-1'; did you mean last-1"),
-        (["--set", "adapt.layers=1", "--path", "last-2"], "differ; give one of them"),
         (["--set", "generate.template=a {words:photo}"], "cannot be read"),
         (["--set", "train.real_share=2"], "real_share = 2.0: must lie between 0 and 1"),
         (["--weights", "nowhere"], "no weights nowhere"),
@@ -251,19 +249,20 @@ def test_without_synthetic_images_the_photos_alone_count(site: Site, tmp_path: P
     shutil.rmtree(site.workspace)
     weights = tmp_path / "weights"
     new_student("test_resnet", ("x", "y"), image_size=32).save(weights)
-    answer = site.adapt("--no-synth", "--weights", weights, "--set", "adapt.layers=1")
+    answer = site.adapt("--no-synth", "--weights", weights, "--strategy", "last-1")
     assert done(answer) == STAGES[4:] and answer["strategy"] == "last-1"
     assert not (site.workspace / "engines").exists()
-    assert site.adapt("--no-synth", "--weights", weights, "--set", "adapt.layers=1")["seconds"] == 0
-    plan = site.adapt("--no-synth", "--weights", weights, "--set", "adapt.layers=2", "--dry-run")["plan"]
-    assert plan == {"adapt": "changed: adapt.layers", "export": "follows"}
+    assert site.adapt("--no-synth", "--weights", weights, "--strategy", "last-1")["seconds"] == 0
+    words = ["--no-synth", "--weights", weights, "--strategy", "last-2", "--dry-run"]
+    plan = site.adapt(*words)["plan"]
+    assert plan == {"adapt": "changed: adapt.strategy", "export": "follows"}
 
 
 def test_a_trained_student_replaces_the_stages_before_adapt(site: Site) -> None:
     student = site.root / "own student"
     shutil.move(site.workspace / "student", student)
     shutil.rmtree(site.workspace)
-    answer = site.adapt("--student", student, "--path", "unchanged")
+    answer = site.adapt("--student", student, "--strategy", "unchanged")
     assert done(answer) == STAGES[4:]
     adapted, given = load_student(site.workspace / "adapted"), load_student(student / "synthetic")
     assert adapted.head.weight.equal(given.head.weight)

@@ -21,7 +21,7 @@ from synthkit.data.images import ImageSet
 from synthkit.errors import ConfigError
 from synthkit.learning import fit as training
 from synthkit.learning.fit import Examples, FitSettings
-from synthkit.learning.mixed_batches import Blend
+from synthkit.learning.mixed_batches import MixedBatches
 from synthkit.learning.students import SYNTHETIC, load_student
 from synthkit.recipes.settings import TrainSettings
 from synthkit.recipes.train import BRIDGED, METHODS, TrainingData
@@ -47,9 +47,9 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
     seen: Runs = []
     real: Callable[..., None] = training.fit
 
-    def watched(student: Any, lesson: Any, settings: FitSettings, *, label: str, **others: Any) -> None:
-        seen.append((label, lesson, settings))
-        real(student, lesson, settings, label=label, **others)
+    def watched(student: Any, batches: Any, settings: FitSettings, *, label: str, **others: Any) -> None:
+        seen.append((label, batches, settings))
+        real(student, batches, settings, label=label, **others)
 
     monkeypatch.setattr(training, "fit", watched)
     return seen
@@ -110,12 +110,15 @@ def test_what_is_blended(data: TrainingData, tmp_path: Path, runs: Runs) -> None
     for number, (name, changes, share, weight) in enumerate(asked):
         settings = replace(SETTINGS, real_steps=0, epochs=1, method=name, **changes)  # type: ignore[arg-type]
         train(settings, data, tmp_path / str(number))
-        lesson = runs[-1][1]
-        assert isinstance(lesson, Blend) and (lesson.share, lesson.weight) == (pytest.approx(share), weight)
-    assert isinstance(train_lesson(data, tmp_path, runs), Examples)
+        batches = runs[-1][1]
+        assert isinstance(batches, MixedBatches) and (batches.share, batches.weight) == (
+            pytest.approx(share),
+            weight,
+        )
+    assert isinstance(vanilla_batches(data, tmp_path, runs), Examples)
 
 
-def train_lesson(data: TrainingData, tmp_path: Path, runs: Runs) -> Any:
+def vanilla_batches(data: TrainingData, tmp_path: Path, runs: Runs) -> Any:
     train(replace(SETTINGS, real_steps=1, method="vanilla"), data, tmp_path / "vanilla")
     return runs[-1][1]
 
@@ -211,7 +214,7 @@ def test_the_student_does_not_depend_on_names_and_order_of_the_files(
 def test_held_out_photos_choose_and_are_not_learned(data: TrainingData, tmp_path: Path, runs: Runs) -> None:
     settings = replace(SETTINGS, held_out=1)
     out = train(settings, data, tmp_path / "student").out
-    assert [len(lesson) for _, lesson, _ in runs] == [12, 3]
+    assert [len(batches) for _, batches, _ in runs] == [12, 3]
     curves = json.loads((out / "curves.json").read_text("utf-8"))
     assert [step for step, _ in curves["validation"]] == [1, 2, 3]
     assert json.loads((out / SYNTHETIC / "curves.json").read_text("utf-8"))["validation"] == []
@@ -221,7 +224,7 @@ def test_too_few_photos_hold_nothing_out_and_say_so(
     data: TrainingData, tmp_path: Path, runs: Runs, caplog: pytest.LogCaptureFixture
 ) -> None:
     train(replace(SETTINGS, held_out=2), data, tmp_path / "student")
-    assert [len(lesson) for _, lesson, _ in runs] == [12, 6]
+    assert [len(batches) for _, batches, _ in runs] == [12, 6]
     assert "no photos are held out and the last weights are kept, since" in caplog.text
     assert "has 2 photos; train.held_out = 2 takes 4 of each class" in caplog.text
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     "train.weights",
     "train.pretrained",
     "train.image_size",
-    "adapt.path",
+    "adapt.strategy",
     "build-engines.model",
     "generate.per_class",
     "adapt.seed+train.seed+generate.seed+learn-style.seed",
@@ -82,7 +82,7 @@ def command(
 
 
 def _lines(result: AdaptResult) -> Iterator[str]:
-    """What was done, which path was taken and why, and the bundle's top-1 where there are test images."""
+    """The stages, the selected strategy with its reason, and the bundle's top-1 on test images, if any."""
     from synthkit.recipes.adaptation.adapt import describe
 
     for name, state in result.stages.items():

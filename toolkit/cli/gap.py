@@ -90,7 +90,7 @@ def _network(
     """The network whose features are compared, and its name."""
     if bool(weights) != bool(architecture) or (weights and student_dir):
         raise ConfigError("give either --student DIR, or --weights FILE together with --architecture NAME")
-    from synthkit.learning.students import before_photos, load_student, new_student
+    from synthkit.learning.students import load_student, new_student, untrained_on
 
     if weights and architecture:
         return new_student(architecture, photos.classes, weights=weights), f"{architecture} of {weights}"
@@ -101,7 +101,7 @@ def _network(
             "with --weights FILE --architecture NAME"
         )
     # Photos look more alike to a network that has been trained on them.
-    folder = before_photos(folder, photos)
+    folder = untrained_on(folder, photos)
     student = load_student(folder)
     return student, f"{student.architecture} of {folder}"
 

@@ -1,6 +1,6 @@
-"""Last-layer adaptation that is fast: the frozen layers see each augmented view of a photo once.
+"""Cached features: the frozen layers process each augmented view of a photo only once.
 
-    photos ──augment, a few views each──► frozen layers ──► activations, kept ──► trained layers, every step
+    photos ──augment, a few views each──► frozen layers ──► features, cached ──► trained layers, every step
 
 A gradient step then costs only the trained layers. On the same views it is the very computation of the plain
 loop, since frozen layers with frozen statistics answer alike every time.
@@ -21,7 +21,7 @@ from torch.fx import Graph, GraphModule, Node, Tracer
 from synthkit.errors import ModelError
 from synthkit.learning.augmentation import augment, smooth_targets
 from synthkit.learning.checkpoints import step_generator
-from synthkit.learning.fit import Examples, FitSettings, Lesson
+from synthkit.learning.fit import Examples, FitSettings, LabelledData
 from synthkit.learning.students import Student, to_unit_range
 
 _CHUNK = 64  # images that pass the frozen layers at once
@@ -32,7 +32,7 @@ Layers = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
 
 
 @dataclass(frozen=True)
-class Views:
+class CachedFeatures:
     """Photos as the trained layers of a student see them.
 
     Attributes:
@@ -48,14 +48,14 @@ class Views:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def cut(self, which: slice) -> Views:
+    def select(self, which: slice) -> CachedFeatures:
         """The same photos with only some of what crosses."""
-        return Views(self.augmented[which], self.clean[which], self.labels)
+        return CachedFeatures(self.augmented[which], self.clean[which], self.labels)
 
-    def subset(self, indices: np.ndarray) -> Views:
+    def subset(self, indices: np.ndarray) -> CachedFeatures:
         """The photos at the given positions."""
         augmented = tuple(one[indices] for one in self.augmented)
-        return Views(augmented, tuple(one[indices] for one in self.clean), self.labels[indices])
+        return CachedFeatures(augmented, tuple(one[indices] for one in self.clean), self.labels[indices])
 
     def batch(
         self, student: Student, picked: np.ndarray, step: int, settings: FitSettings
@@ -119,7 +119,7 @@ def before_last(student: Student, counts: Sequence[int]) -> tuple[Layers, dict[i
     Raises:
         NotImplementedError: torch.fx cannot follow the model's code.
     """
-    traced, units = _trace(student), student.units()
+    traced, units = _trace(student), student.layer_groups()
     crossing: list[Node] = []
     places, latest = {}, set(traced.graph.nodes)
     for count in counts:
@@ -211,7 +211,9 @@ def _following(traced: GraphModule, trainable: set[str]) -> set[Node]:
 
 
 @torch.no_grad()
-def see(student: Student, examples: Examples, frozen: Layers, views: int, seed: int) -> Views:
+def extract_features(
+    student: Student, examples: Examples, frozen: Layers, views: int, seed: int
+) -> CachedFeatures:
     """Pass every photo and its augmented views through the frozen layers once.
 
     Args:
@@ -229,7 +231,7 @@ def see(student: Student, examples: Examples, frozen: Layers, views: int, seed: 
         generator = step_generator(seed, _VIEW_STREAM + start)
         seen = [frozen(student.normalise(augment(images, generator))) for _ in range(views)]
         augmented.append(tuple(torch.stack(one, 1) for one in zip(*seen, strict=True)))
-    return Views(_joined(augmented), _joined(clean), examples.labels)
+    return CachedFeatures(_joined(augmented), _joined(clean), examples.labels)
 
 
 def _joined(chunks: list[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
@@ -242,7 +244,7 @@ def takes_means(head: torch.nn.Module) -> bool:
 
 
 @torch.no_grad()
-def head_from_means(student: Student, head: str, lesson: Lesson, labels: np.ndarray) -> None:
+def head_from_means(student: Student, head: str, data: LabelledData, labels: np.ndarray) -> None:
     """Let the head answer with the class whose mean feature is nearest (prototypes, Snell et al. 2017).
 
     The squared distances are scaled so that the logit of a class is `_PROTOTYPE_MARGIN` at its own mean and
@@ -251,7 +253,7 @@ def head_from_means(student: Student, head: str, lesson: Lesson, labels: np.ndar
     Args:
         student: whole, or its last layers; its head is changed in place.
         head: the name of its head among the model's modules.
-        lesson: photos of every class.
+        data: photos of every class.
         labels: their class indices, int64 [N].
 
     Raises:
@@ -262,7 +264,7 @@ def head_from_means(student: Student, head: str, lesson: Lesson, labels: np.ndar
         raise ModelError(f"the head of {student.architecture!r} is not linear with a bias; use --head new")
     seen: list[torch.Tensor] = []
     hook = layer.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
-    lesson.logits(student, np.arange(len(lesson)))
+    data.logits(student, np.arange(len(data)))
     hook.remove()
     features, of_class = torch.cat(seen), torch.from_numpy(labels)
     means = torch.stack([features[of_class == label].mean(0) for label in range(len(student.classes))])

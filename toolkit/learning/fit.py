@@ -80,7 +80,7 @@ class FitSettings:
     device: str = "cpu"
 
 
-class Batches(Protocol):
+class BatchSource(Protocol):
     """What `fit` draws its batches from."""
 
     def __len__(self) -> int:
@@ -101,10 +101,10 @@ class Batches(Protocol):
         ...
 
 
-class Lesson(Batches, Protocol):
+class LabelledData(BatchSource, Protocol):
     """Images that can be dealt into folds and classified."""
 
-    def subset(self, indices: np.ndarray) -> Lesson:
+    def subset(self, indices: np.ndarray) -> LabelledData:
         """The images at the given positions."""
         ...
 
@@ -180,7 +180,7 @@ def one_cycle(progress: float, warm_up: float = _WARM_UP) -> float:
 
 def fit(
     student: Student,
-    lesson: Batches,
+    data: BatchSource,
     settings: FitSettings,
     *,
     label: str = "train",
@@ -193,7 +193,7 @@ def fit(
 
     Args:
         student: what is trained.
-        lesson: what it learns from.
+        data: what it learns from.
         settings: how.
         label: what the progress bar says.
         checkpoint: file that lets an interrupted run go on.
@@ -211,13 +211,13 @@ def fit(
     if not any(parameter.requires_grad for parameter in student.model.parameters()):
         return
     run = _Run(student, settings, label, checkpoint, curves, held_out)
-    order = _order(len(lesson), settings)
+    order = _order(len(data), settings)
     looks = max(1, settings.steps // _LOOKS)
     for step in tqdm(range(settings.steps), label, disable=None, leave=False):
         picked = next(order)
         if step < run.start:
             continue
-        run.learn(step, *lesson.batch(student, picked, step, settings))
+        run.learn(step, *data.batch(student, picked, step, settings))
         if (step + 1) % looks == 0 or step + 1 == settings.steps:
             run.look(step + 1)
         if (step + 1) % _CHECKPOINT_EVERY == 0:
@@ -346,7 +346,7 @@ def _schedule(optimizer: torch.optim.Optimizer, settings: FitSettings) -> Callab
 
 
 def _order(count: int, settings: FitSettings) -> Iterator[np.ndarray]:
-    """Batches of positions: every image once before any image twice."""
+    """BatchSource of positions: every image once before any image twice."""
     rng = np.random.default_rng(settings.seed)
     queue = np.empty(0, np.int64)
     while True:

@@ -1,4 +1,4 @@
-"""Batches of two kinds of images at once: real photos first, then synthetic images."""
+"""BatchSource of two kinds of images at once: real photos first, then synthetic images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SYNTHETIC_STREAM = 1 << 40  # keeps the synthetic images' random numbers apart 
 
 
 @dataclass(frozen=True)
-class Blend:
+class MixedBatches:
     """What `fit` draws batches of both kinds from.
 
     Attributes:

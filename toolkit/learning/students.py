@@ -67,14 +67,14 @@ class Student:
             raise ModelError(f"the student {self.architecture!r} has more than one head; use another student")
         return head
 
-    def new_head(self, seed: int) -> None:
+    def reset_head(self, seed: int) -> None:
         """Throw the trained head away for a freshly initialised one (bridged transfer++, "FC reinit")."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.model.reset_classifier(len(self.classes))
 
     @torch.no_grad()
-    def clear_head(self) -> None:
+    def zero_head(self) -> None:
         """Let every logit start at zero.
 
         How large timm makes a fresh head differs by family: a MobileNet's gives logits in the tens, which a
@@ -111,7 +111,7 @@ class Student:
             found.append(network.forward_head(network.forward_features(pixels), pre_logits=True))
         return np.asarray(torch.cat(found).flatten(1).float().numpy())
 
-    def units(self) -> list[list[str]]:
+    def layer_groups(self) -> list[list[str]]:
         """Names of the parameters of each timm unit, from the stem to the head.
 
         The classifier is a unit of its own, also where timm counts a layer before it to the same group.
@@ -125,7 +125,7 @@ class Student:
 
     def train_only_last(self, count: int) -> None:
         """Freeze all but the parameters of the last units; 0 freezes all."""
-        units = self.units()
+        units = self.layer_groups()
         last = {name for unit in units[len(units) - min(count, len(units)) :] for name in unit}
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in last)
@@ -201,7 +201,7 @@ def new_student(
     student = Student(model, name, _sized(name, model_args, image_size), tuple(classes), preprocessing)
     _ = student.head  # refuses what has several heads before anything is trained
     if weights or pretrained:
-        student.clear_head()
+        student.zero_head()
     return student
 
 
@@ -296,20 +296,20 @@ def _load_whole(model: torch.nn.Module, path: Path, name: str) -> None:
         raise ModelError(f"{path} does not fit {name}: {len(wrong)} tensors differ, for example {wrong[0]}")
 
 
-def has_learned(folder: Path, photos: ImageSet) -> bool:
+def was_trained_on(folder: Path, photos: ImageSet) -> bool:
     """Whether the manifest of a student's folder says that it was trained on these very photos."""
     manifest = read_manifest(folder)
     return manifest is not None and manifest.inputs.get("photos") == photos.digest
 
 
-def before_photos(folder: Path, photos: ImageSet) -> Path:
+def untrained_on(folder: Path, photos: ImageSet) -> Path:
     """The folder of a student as it was before it learned these photos, which it now knows too well to judge.
 
     Args:
         folder: a student's, or of another kind of model.
         photos: that the student is to judge.
     """
-    if not has_learned(folder, photos):
+    if not was_trained_on(folder, photos):
         return folder
     if (folder / SYNTHETIC / CONFIG).is_file():
         log.info("%s has learned these photos; %s in it has not, and is taken", folder, SYNTHETIC)

@@ -1,4 +1,4 @@
-"""`adapt`: the path that suits the photos is found on photos held out, and only that much is trained."""
+"""`adapt`: the strategy that suits the photos is selected by cross-validation, and only that is trained."""
 
 from __future__ import annotations
 
@@ -19,14 +19,13 @@ import torch
 from synthkit.artifacts import StageResult
 from synthkit.data.images import ImageSet
 from synthkit.errors import ConfigError, DataError, ModelError
-from synthkit.learning.feature_cache import Views
+from synthkit.learning.feature_cache import CachedFeatures
 from synthkit.learning.fit import Examples, FitSettings, fit
 from synthkit.learning.students import SYNTHETIC, Student, load_student, new_student
-from synthkit.recipes.adaptation import selection as path_choice
-from synthkit.recipes.adaptation import strategies as paths
+from synthkit.recipes.adaptation import selection, strategies
 from synthkit.recipes.adaptation.adapt import Adapt, describe
-from synthkit.recipes.adaptation.selection import Verdict, choose_path
-from synthkit.recipes.adaptation.strategies import FULL, PATHS, Site, Start
+from synthkit.recipes.adaptation.selection import CrossValidationResult, select_strategy
+from synthkit.recipes.adaptation.strategies import AdaptationTask, StartingStudent, Strategy
 from synthkit.recipes.settings import AdaptSettings, TrainSettings
 from synthkit.recipes.train import TrainingData
 from tests.stages import adapt, key, train
@@ -39,7 +38,7 @@ SETTINGS = AdaptSettings(adapt_steps=8, adapt_lr=0.1)
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paths, "_BATCH", 6)
+    monkeypatch.setattr(strategies, "_BATCH", 6)
 
 
 def scan(folder: Path, each: int, seed: int, classes: tuple[str, ...] = COLOURS) -> ImageSet:
@@ -99,16 +98,18 @@ def run(student: Path | None, photos: ImageSet, out: Path, **changes: Any) -> St
 
 
 def choice(student: Student, photos: ImageSet, **changes: Any) -> tuple[str, dict[str, float]]:
-    """The chosen path, and each path's share of held-out photos that were right."""
+    """The selected strategy, and each strategy's share of held-out photos that were right."""
     examples = Examples(photos, student.preprocessing)
-    chosen = choose_path(Site(Start(student, True, None), examples, replace(SETTINGS, **changes), TRAINING))
-    return chosen.path.name, {one.path: one.top1 for one in chosen.verdicts}
+    chosen = select_strategy(
+        AdaptationTask(StartingStudent(student, True, None), examples, replace(SETTINGS, **changes), TRAINING)
+    )
+    return chosen.strategy.value, {one.strategy.value: one.top1 for one in chosen.cross_validation}
 
 
 def test_a_head_that_mixes_the_classes_up_is_adapted(good: Student, photos: ImageSet, tmp_path: Path) -> None:
-    path, scores = choice(permuted(good), photos)
+    selected, scores = choice(permuted(good), photos)
     assert scores["unchanged"] == 0 and scores["last-1"] > 0.8
-    assert path != "unchanged" and scores[path] == max(scores.values())
+    assert selected != "unchanged" and scores[selected] == max(scores.values())
     result = run(saved(permuted(good), tmp_path / "student"), photos, tmp_path / "adapted")
     others = scan(tmp_path / "test", 4, 11)
     adapted = load_student(result.out)
@@ -117,16 +118,16 @@ def test_a_head_that_mixes_the_classes_up_is_adapted(good: Student, photos: Imag
 
 
 def test_a_perfect_student_is_not_trained_anew(good: Student, photos: ImageSet) -> None:
-    path, scores = choice(good, photos)
+    selected, scores = choice(good, photos)
     assert scores["unchanged"] == 1 and scores["full"] < 1, "2 steps from a new head are too few"
-    assert path == "unchanged", "of equal paths the one that changes least"
+    assert selected == "unchanged", "of equal strategies the one that changes least"
 
 
 def test_the_verdicts_say_which_and_why(good: Student, photos: ImageSet, tmp_path: Path) -> None:
     metrics = run(saved(good, tmp_path / "student"), photos, tmp_path / "adapted").manifest.metrics
-    assert [one["path"] for one in metrics["cross_validation"]] == list(PATHS)
+    assert [one["strategy"] for one in metrics["cross_validation"]] == [one.value for one in Strategy]
     assert "of 9 held-out photos right in 3-fold cross-validation" in metrics["reason"]
-    chosen = next(one for one in metrics["cross_validation"] if one["path"] == metrics["path"])
+    chosen = next(one for one in metrics["cross_validation"] if one["strategy"] == metrics["strategy"])
     assert metrics["steps"] == chosen["steps"]
     assert json.loads((tmp_path / "adapted" / "manifest.json").read_text("utf-8"))["metrics"] == metrics
     text = describe(metrics["cross_validation"])
@@ -134,35 +135,41 @@ def test_the_verdicts_say_which_and_why(good: Student, photos: ImageSet, tmp_pat
 
 
 def test_the_curves_of_the_path_are_kept(trained: Path, photos: ImageSet, tmp_path: Path) -> None:
-    result = run(trained, photos, tmp_path / "adapted", path="last-1")
+    result = run(trained, photos, tmp_path / "adapted", strategy="last-1")
     curves = json.loads((result.out / "curves.json").read_text("utf-8"))
     assert len(curves["loss"]) == len(curves["lr"]) == result.manifest.metrics["steps"] == 8
 
 
-def test_all_layers_are_given_up_once_they_fall_behind(good: Student, photos: ImageSet) -> None:
+def test_all_layers_are_stopped_early_once_they_fall_behind(good: Student, photos: ImageSet) -> None:
     examples = Examples(photos, good.preprocessing)
-    chosen = choose_path(Site(Start(good, True, None), examples, SETTINGS, TRAINING))
-    figures = {verdict.path: verdict.figures() for verdict in chosen.verdicts}
+    chosen = select_strategy(AdaptationTask(StartingStudent(good, True, None), examples, SETTINGS, TRAINING))
+    figures = {result.strategy.value: result.to_json() for result in chosen.cross_validation}
     assert figures["full"]["photos"] < 9 and figures["last-4"]["photos"] == 9
-    assert f"given up after {figures['full']['photos']} of 9" in describe(list(figures.values()))
+    assert f"stopped early after {figures['full']['photos']} of 9" in describe(list(figures.values()))
 
 
 def test_all_layers_that_keep_up_are_judged_on_every_photo(good: Student, photos: ImageSet) -> None:
     """A start that has lost its way, where all layers have as good a chance as any."""
     lost = replace(SETTINGS, adapt_lr=1e-9)
-    site = Site(Start(permuted(good), True, None), Examples(photos, good.preprocessing), lost, TRAINING)
-    full = next(verdict for verdict in choose_path(site).verdicts if verdict.path == "full")
-    assert full.judged.all() and full.top1 == full.right.mean()
+    task = AdaptationTask(
+        StartingStudent(permuted(good), True, None), Examples(photos, good.preprocessing), lost, TRAINING
+    )
+    full = select_strategy(task).cross_validation[-1]
+    assert full.evaluated.all() and full.top1 == full.correct.mean()
 
 
-def test_a_path_that_was_given_up_is_not_taken(
+def test_a_path_that_was_stopped_early_is_not_taken(
     good: Student, photos: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However well it did on the few photos that it was judged on."""
-    begun = Verdict("full", 2, 1.0, 0.0, np.arange(9) < 3, np.arange(9) < 3)
-    real = path_choice.judge
+    stopped = CrossValidationResult(Strategy.FULL, 2, 1.0, 0.0, np.arange(9) < 3, np.arange(9) < 3)
+    real = selection.cross_validate
     monkeypatch.setattr(
-        path_choice, "judge", lambda path, *rest, **more: begun if path is FULL else real(path, *rest, **more)
+        selection,
+        "cross_validate",
+        lambda strategy, *rest, **more: (
+            stopped if strategy is Strategy.FULL else real(strategy, *rest, **more)
+        ),
     )
     assert choice(permuted(good), photos, adapt_lr=1e-9)[0] != "full"
 
@@ -187,14 +194,14 @@ def test_no_photo_is_judged_by_a_student_that_saw_it(
         monkeypatch.setattr(kind, "logits", logits)
 
     watching(Examples)
-    watching(Views)
+    watching(CachedFeatures)
     choice(good, photos)
     assert len(folds) == 4 * 3 + 1, "four paths in three folds, all layers in the one where they fell behind"
     assert all(learned | judged == set(range(9)) and not learned & judged for learned, judged in folds)
 
 
 def test_unchanged_keeps_every_weight(trained: Path, photos: ImageSet, tmp_path: Path) -> None:
-    result = run(trained, photos, tmp_path / "adapted", path="unchanged")
+    result = run(trained, photos, tmp_path / "adapted", strategy="unchanged")
     assert not moved(result.out, trained / SYNTHETIC)
     assert (result.manifest.metrics["steps"], result.manifest.metrics["reason"]) == (0, "as asked for")
 
@@ -204,9 +211,9 @@ def test_layers_train_so_many_units_and_no_statistics(
     good: Student, photos: ImageSet, tmp_path: Path, count: int
 ) -> None:
     student = saved(good, tmp_path / "student")
-    result = run(student, photos, tmp_path / "adapted", layers=str(count), adapt_steps=3)
-    units = good.units()[-count:]
-    assert result.manifest.metrics["path"] == f"last-{count}"
+    result = run(student, photos, tmp_path / "adapted", strategy=f"last-{count}", adapt_steps=3)
+    units = good.layer_groups()[-count:]
+    assert result.manifest.metrics["strategy"] == f"last-{count}"
     assert moved(result.out, student) == {name for unit in units for name in unit}
 
 
@@ -218,15 +225,15 @@ def test_a_student_that_cannot_be_cut_is_adapted_all_the_same(
 
     monkeypatch.setattr("synthkit.learning.feature_cache.split", refuse)
     student = saved(good, tmp_path / "student")
-    result = run(student, photos, tmp_path / "adapted", layers="1", adapt_steps=3)
+    result = run(student, photos, tmp_path / "adapted", strategy="last-1", adapt_steps=3)
     assert moved(result.out, student) == {"fc.weight", "fc.bias"}
 
 
 def test_the_full_path_ends_where_train_does(trained: Path, photos: ImageSet, tmp_path: Path) -> None:
-    taken = run(trained, photos, tmp_path / "taken", path="full").out
+    taken = run(trained, photos, tmp_path / "taken", strategy="full").out
     assert not moved(taken, trained)
     alone = saved(load_student(trained / SYNTHETIC), tmp_path / "alone")
-    assert not moved(run(alone, photos, tmp_path / "followed", path="full").out, trained)
+    assert not moved(run(alone, photos, tmp_path / "followed", strategy="full").out, trained)
 
 
 @pytest.mark.parametrize(("method", "steps"), [("synthetic", 2), ("bridged", 2), ("bridged++", 3)])
@@ -235,13 +242,13 @@ def test_only_bridged_transfer_of_these_settings_is_taken_for_the_full_path(
 ) -> None:
     settings = replace(TRAINING, method=method, real_steps=steps)  # type: ignore[arg-type]
     made = train(settings, TrainingData(scan(tmp_path / "drawn", 3, 3), photos), tmp_path / "student").out
-    assert moved(run(made, photos, tmp_path / "adapted", path="full").out, made)
+    assert moved(run(made, photos, tmp_path / "adapted", strategy="full").out, made)
 
 
 def test_the_full_path_learns_the_photos_that_were_given(trained: Path, tmp_path: Path) -> None:
     """The student's folder holds one that learned other photos, which says nothing of these."""
     others = scan(tmp_path / "others", 2, 21)
-    assert moved(run(trained, others, tmp_path / "adapted", path="full").out, trained)
+    assert moved(run(trained, others, tmp_path / "adapted", strategy="full").out, trained)
 
 
 def test_one_photo_of_a_class_leaves_nothing_to_hold_out(
@@ -250,31 +257,36 @@ def test_one_photo_of_a_class_leaves_nothing_to_hold_out(
     """What knows the classes stays as it is; a new head has to learn."""
     one = scan(tmp_path / "one", 1, 5)
     metrics = run(trained, one, tmp_path / "adapted").manifest.metrics
-    assert (metrics["path"], metrics["steps"], metrics["cross_validation"]) == ("unchanged", 0, [])
+    assert (metrics["strategy"], metrics["steps"], metrics["cross_validation"]) == ("unchanged", 0, [])
     assert "one photo" in metrics["reason"]
     settings = replace(TRAINING, weights=str(saved(good, tmp_path / "weights")))
     fresh = adapt(SETTINGS, settings, None, one, tmp_path / "fresh").manifest.metrics
-    assert (fresh["path"], fresh["steps"]) == ("last-4", 8)
+    assert (fresh["strategy"], fresh["steps"]) == ("last-4", 8)
 
 
 def test_no_steps_on_real_photos_is_a_choice_too(good: Student, photos: ImageSet) -> None:
-    examples, start = Examples(photos, good.preprocessing), Start(good, True, None)
-    assert choose_path(Site(start, examples, SETTINGS, replace(TRAINING, real_steps=0))).path.name != "full"
+    examples, start = Examples(photos, good.preprocessing), StartingStudent(good, True, None)
+    assert (
+        select_strategy(
+            AdaptationTask(start, examples, SETTINGS, replace(TRAINING, real_steps=0))
+        ).strategy.value
+        != "full"
+    )
 
 
 def test_a_student_that_learned_the_photos_is_no_fair_judge_of_them(
     trained: Path, photos: ImageSet, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run(trained, photos, tmp_path / "fair", path="last-1")
+    run(trained, photos, tmp_path / "fair", strategy="last-1")
     assert "has learned these very photos" not in caplog.text
     biased = shutil.copytree(trained, tmp_path / "student", ignore=shutil.ignore_patterns("synthetic"))
-    run(biased, photos, tmp_path / "biased", path="last-1")
+    run(biased, photos, tmp_path / "biased", strategy="last-1")
     assert f"{biased} has learned these very photos" in caplog.text
 
 
 def test_an_unchanged_stage_is_skipped(trained: Path, photos: ImageSet, tmp_path: Path) -> None:
-    first = run(trained, photos, tmp_path / "adapted", path="last-1")
-    again = run(trained, photos, tmp_path / "adapted", path="last-1")
+    first = run(trained, photos, tmp_path / "adapted", strategy="last-1")
+    again = run(trained, photos, tmp_path / "adapted", strategy="last-1")
     assert again.skipped and again.manifest == first.manifest
 
 
@@ -286,8 +298,8 @@ def test_names_folders_and_order_of_the_photos_change_no_weight(
         folder.mkdir(parents=True)
         shutil.copy(item.path, folder / f"photo {item.sha256[:6]}.png")
     moved_photos = ImageSet.scan(tmp_path / "elsewhere")
-    first = run(trained, photos, tmp_path / "first", path="last-2")
-    other = run(trained, moved_photos, tmp_path / "other", path="last-2")
+    first = run(trained, photos, tmp_path / "first", strategy="last-2")
+    other = run(trained, moved_photos, tmp_path / "other", strategy="last-2")
     assert not moved(first.out, other.out)
     assert first.manifest.metrics == other.manifest.metrics
 
@@ -302,7 +314,7 @@ def test_the_number_of_threads_changes_no_answer(trained: Path, photos: ImageSet
             student = load_student(result.out)
             found[threads] = (
                 student.logits(photos.load(student.preprocessing)),
-                result.manifest.metrics["path"],
+                result.manifest.metrics["strategy"],
             )
     finally:
         torch.set_num_threads(before)
@@ -318,7 +330,7 @@ def test_what_changes_the_result_redoes_it(
 
     student = saved(good, tmp_path / "student")
     others = scan(tmp_path / "others", 2, 5)
-    keys = [of(), of(replace(SETTINGS, seed=1)), of(replace(SETTINGS, layers="2")), of(images=others)]
+    keys = [of(), of(replace(SETTINGS, seed=1)), of(replace(SETTINGS, strategy="last-2")), of(images=others)]
     keys.append(of(dir=student))
     saved(permuted(good), student)
     assert len({*keys, of(dir=student)}) == 6
@@ -331,9 +343,9 @@ def test_without_synthetic_images_a_weights_folder_is_the_start(
     weights = saved(good, tmp_path / "weights")
     settings = replace(TRAINING, weights=str(weights))
     result = adapt(SETTINGS, settings, None, photos, tmp_path / "adapted")
-    scores = {one["path"]: one["top1"] for one in result.manifest.metrics["cross_validation"]}
+    scores = {one["strategy"]: one["top1"] for one in result.manifest.metrics["cross_validation"]}
     assert "unchanged" not in scores and scores["last-1"] > 0.8
-    forced = adapt(replace(SETTINGS, layers="1"), settings, None, photos, tmp_path / "head")
+    forced = adapt(replace(SETTINGS, strategy="last-1"), settings, None, photos, tmp_path / "head")
     assert moved(forced.out, weights) == {"fc.weight", "fc.bias"}
     keys = [key(Adapt(SETTINGS, settings, None, photos, tmp_path / "adapted"))]
     saved(permuted(good), weights)
@@ -351,12 +363,10 @@ def test_what_cannot_be_done_is_refused_before_any_work(
     trained: Path, photos: ImageSet, tmp_path: Path
 ) -> None:
     out = tmp_path / "adapted"
-    text = refusal(lambda: run(trained, photos, out, path="lst-2"), ConfigError)
-    assert "no path 'lst-2'; did you mean last-2" in text and "unchanged" in text
-    text = refusal(lambda: run(trained, photos, out, path="full", layers="2"), ConfigError)
-    assert "--path full and --layers 2 differ" in text
+    text = refusal(lambda: run(trained, photos, out, strategy="lst-2"), ConfigError)
+    assert "no strategy 'lst-2'; did you mean last-2" in text and "unchanged" in text
     assert "no student in" in refusal(lambda: run(tmp_path / "absent", photos, out), ModelError)
-    text = refusal(lambda: run(None, photos, out, path="unchanged"), ConfigError)
+    text = refusal(lambda: run(None, photos, out, strategy="unchanged"), ConfigError)
     assert "--no-synth" in text and "--student" in text
     settings = replace(TRAINING, weights=str(tmp_path / "absent"))
     assert "no weights" in refusal(lambda: adapt(SETTINGS, settings, None, photos, out), ConfigError)

@@ -16,25 +16,22 @@ import torch
 
 from synthkit.data.images import ImageSet
 from synthkit.errors import ModelError
-from synthkit.learning.feature_cache import before_last, head_from_means, see, split
+from synthkit.learning.feature_cache import before_last, extract_features, head_from_means, split
 from synthkit.learning.fit import Examples
 from synthkit.learning.students import Student, load_student
-from synthkit.recipes.adaptation import selection as path_choice
-from synthkit.recipes.adaptation import strategies as paths
-from synthkit.recipes.adaptation.adapt import adapt
-from synthkit.recipes.adaptation.selection import Verdict, choose_path, judge
+from synthkit.recipes.adaptation import selection, strategies
+from synthkit.recipes.adaptation.selection import CrossValidationResult, cross_validate, select_strategy
 from synthkit.recipes.adaptation.strategies import (
-    FULL,
     LAST,
-    UNCHANGED,
-    AdaptPath,
-    Site,
-    Start,
+    AdaptationTask,
+    StartingStudent,
+    Strategy,
     candidates,
-    course,
-    follow,
+    prepare,
+    train_strategy,
 )
 from synthkit.recipes.settings import AdaptSettings, TrainSettings
+from tests.stages import adapt
 from tests.tiny_students import colour_folders, lively_student
 
 COLOURS = ("blue", "green", "red")
@@ -44,7 +41,7 @@ TRAINING = TrainSettings(student="test_resnet", real_steps=2, batch_size=6)
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paths, "_BATCH", 6)
+    monkeypatch.setattr(strategies, "_BATCH", 6)
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +49,12 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> ImageSet:
     return ImageSet.scan(colour_folders(tmp_path_factory.mktemp("photos"), COLOURS, each=3))
 
 
-def site(photos: ImageSet, knows_classes: bool = True, **changes: Any) -> Site:
+def task(photos: ImageSet, knows_classes: bool = True, **changes: Any) -> AdaptationTask:
     student = lively_student(0, COLOURS)
     examples = Examples(photos, student.preprocessing)
-    return Site(Start(student, knows_classes, None), examples, replace(SETTINGS, **changes), TRAINING)
+    return AdaptationTask(
+        StartingStudent(student, knows_classes, None), examples, replace(SETTINGS, **changes), TRAINING
+    )
 
 
 def right(student: Student, photos: ImageSet) -> float:
@@ -68,11 +67,11 @@ def test_one_pass_sees_what_a_pass_per_path_sees(kind: str, photos: ImageSet) ->
     student = lively_student(0, COLOURS, kind)
     examples = Examples(photos, student.preprocessing)
     frozen, places = before_last(student, [1, 2, 3])
-    together = see(student, examples, frozen, 2, 5)
+    together = extract_features(student, examples, frozen, 2, 5)
     for count, place in places.items():
         student.train_only_last(count)
-        alone = see(student, examples, split(student).frozen, 2, 5)
-        views = together.cut(place)
+        alone = extract_features(student, examples, split(student).frozen, 2, 5)
+        views = together.select(place)
         for one, other in zip(
             (*views.augmented, *views.clean), (*alone.augmented, *alone.clean), strict=True
         ):
@@ -84,27 +83,27 @@ def test_the_frozen_layers_see_the_photos_once_for_all_paths_and_folds(
 ) -> None:
     calls: list[int] = []
     monkeypatch.setattr(
-        "synthkit.learning.feature_cache.see",
-        lambda *arguments: calls.append(len(arguments[1])) or see(*arguments),
+        "synthkit.learning.feature_cache.extract_features",
+        lambda *arguments: calls.append(len(arguments[1])) or extract_features(*arguments),
     )
-    choose_path(site(photos, knows_classes=False))
+    select_strategy(task(photos, knows_classes=False))
     assert calls == [len(photos)]
 
 
 def test_class_means_are_the_nearest_mean_classifier(photos: ImageSet) -> None:
-    here = site(photos, head="means")
-    begun = course(LAST[0], here)
-    features = begun.lesson.clean[0].flatten(1).numpy()
-    head_from_means(begun.trained, "fc", begun.lesson, begun.labels)
+    here = task(photos, head="means")
+    trainable = prepare(LAST[0], here)
+    features = trainable.data.clean[0].flatten(1).numpy()
+    head_from_means(trainable.trained, "fc", trainable.data, trainable.labels)
     means = np.stack([features[photos.labels == label].mean(0) for label in range(3)])
     expected = -np.square(features[:, None] - means[None]).sum(-1) / 2
-    given = begun.lesson.logits(begun.trained, np.arange(len(photos)))
+    given = trainable.data.logits(trainable.trained, np.arange(len(photos)))
     centred = given - given.mean(1, keepdims=True)
     expected -= expected.mean(1, keepdims=True)
     ratio = centred.std() / expected.std()
     np.testing.assert_allclose(centred, ratio * expected, rtol=1e-3, atol=1e-3 * centred.std())
-    at_means = means @ begun.trained.model.fc.weight.detach().numpy().T
-    at_means += begun.trained.model.fc.bias.detach().numpy()
+    at_means = means @ trainable.trained.model.fc.weight.detach().numpy().T
+    at_means += trainable.trained.model.fc.bias.detach().numpy()
     assert np.diag(at_means).mean() == pytest.approx(3.0, rel=1e-3)
 
 
@@ -115,11 +114,13 @@ def test_class_means_come_from_the_photos_that_are_learned(
     seen: list[int] = []
     monkeypatch.setattr(
         "synthkit.learning.feature_cache.head_from_means",
-        lambda _student, _head, lesson, _labels: seen.append(len(lesson)),
+        lambda _student, _head, data, _labels: seen.append(len(data)),
     )
-    choose_path(site(photos, knows_classes=False, head="means"))
+    select_strategy(task(photos, knows_classes=False, head="means"))
     assert seen == [6] * len(seen), "three folds of three photos each"
-    assert 3 * len(LAST) < len(seen) <= 3 * len([*LAST, FULL]), "all layers may be given up early"
+    assert 3 * len(LAST) < len(seen) <= 3 * len([*LAST, Strategy.FULL]), (
+        "all layers may be stopped early early"
+    )
 
 
 def test_class_means_need_a_linear_head(photos: ImageSet) -> None:
@@ -131,27 +132,27 @@ def test_class_means_need_a_linear_head(photos: ImageSet) -> None:
 
 @pytest.mark.parametrize(("head", "kept"), [("auto", True), ("keep", True), ("new", False)])
 def test_the_head_starts_as_asked(photos: ImageSet, head: str, kept: bool) -> None:
-    begun = course(LAST[1], site(photos, head=head))
-    weight = begun.whole.model.fc.weight
+    trainable = prepare(LAST[1], task(photos, head=head))
+    weight = trainable.student.model.fc.weight
     assert torch.equal(weight, lively_student(0, COLOURS).model.fc.weight) == kept
     assert kept or not weight.any()
 
 
 def test_all_layers_get_a_new_head_unless_it_is_to_be_kept(photos: ImageSet) -> None:
     before = lively_student(0, COLOURS).model.fc.weight
-    assert not torch.equal(course(FULL, site(photos)).whole.model.fc.weight, before)
-    assert torch.equal(course(FULL, site(photos, head="keep")).whole.model.fc.weight, before)
+    assert not torch.equal(prepare(Strategy.FULL, task(photos)).whole.model.fc.weight, before)
+    assert torch.equal(prepare(Strategy.FULL, task(photos, head="keep")).whole.model.fc.weight, before)
 
 
 def test_means_are_where_training_starts(photos: ImageSet) -> None:
     """With a learning rate of almost nothing, what comes out is the nearest mean."""
-    here = site(photos, head="means", adapt_lr=1e-9)
-    begun = course(LAST[0], here)
-    follow(LAST[0], here, begun)
-    kept = site(photos, head="keep", adapt_lr=1e-9)
-    start = course(LAST[0], kept)
-    follow(LAST[0], kept, start)
-    assert right(begun.whole, photos) > max(0.8, right(start.whole, photos))
+    here = task(photos, head="means", adapt_lr=1e-9)
+    trainable = prepare(LAST[0], here)
+    train_strategy(LAST[0], here, trainable)
+    kept = task(photos, head="keep", adapt_lr=1e-9)
+    start = prepare(LAST[0], kept)
+    train_strategy(LAST[0], kept, start)
+    assert right(trainable.student, photos) > max(0.8, right(start.whole, photos))
 
 
 @pytest.mark.parametrize(
@@ -168,7 +169,7 @@ def test_new_classes_of_one_photo_start_from_their_means(
     tmp_path: Path, knows_classes: bool, head: str, each: int, expected: str
 ) -> None:
     photos = ImageSet.scan(colour_folders(tmp_path / "photos", COLOURS, each=each))
-    here = site(photos, knows_classes, head=head)
+    here = task(photos, knows_classes, head=head)
     assert here.head == expected
     here.start.student.model.fc = torch.nn.Linear(here.start.student.model.fc.in_features, 3, bias=False)
     assert here.head == ("keep" if head == "auto" else head), "a head that cannot take means"
@@ -182,15 +183,15 @@ def test_all_layers_start_from_means_only_when_asked(
         "synthkit.learning.feature_cache.head_from_means", lambda *_arguments: calls.append("set")
     )
     for head in ("auto", "means"):
-        here = site(photos, False, head=head)
-        follow(FULL, here, course(FULL, here))
+        here = task(photos, False, head=head)
+        train_strategy(Strategy.FULL, here, prepare(Strategy.FULL, here))
     assert calls == ["set"]
 
 
 def test_a_new_head_is_tried_on_last_units_only() -> None:
     auto = AdaptSettings()
-    assert candidates(auto, knows_classes=False) == [*LAST, FULL]
-    assert candidates(auto, knows_classes=True) == [UNCHANGED, *LAST, FULL]
+    assert candidates(auto, knows_classes=False) == [*LAST, Strategy.FULL]
+    assert candidates(auto, knows_classes=True) == [Strategy.UNCHANGED, *LAST, Strategy.FULL]
 
 
 @pytest.mark.parametrize(
@@ -212,43 +213,43 @@ def test_the_default_for_new_classes_is_left_for_a_path_that_is_clearly_ahead(
 ) -> None:
     """Of nine photos the first so many are right along each path."""
 
-    def verdict(path: AdaptPath, *_rest: Any, **_more: Any) -> Verdict:
-        count = right.get(path.name, 0)
-        return Verdict(path.name, 4, count / 9, 1.0, np.ones(9, bool), np.arange(9) < count)
+    def verdict(strategy: Strategy, *_rest: Any, **_more: Any) -> CrossValidationResult:
+        count = right.get(strategy.value, 0)
+        return CrossValidationResult(strategy, 4, count / 9, 1.0, np.ones(9, bool), np.arange(9) < count)
 
-    monkeypatch.setattr(path_choice, "judge", verdict)
-    assert choose_path(site(photos, knows_classes)).path.name == expected
+    monkeypatch.setattr(selection, "cross_validate", verdict)
+    assert select_strategy(task(photos, knows_classes)).strategy.value == expected
 
 
 @pytest.mark.parametrize(("knows_classes", "judged"), [(True, 9), (False, 3)])
-def test_all_layers_that_are_no_better_are_given_up_where_classes_are_new(
+def test_all_layers_that_are_no_better_are_stopped_early_where_classes_are_new(
     photos: ImageSet, knows_classes: bool, judged: int
 ) -> None:
-    here = site(photos, knows_classes)
-    equal = judge(FULL, here)
-    assert equal.judged.all()
-    again = judge(FULL, here, rival=equal)
-    assert again.judged.sum() == judged
-    assert again.top1 == again.right[again.judged].mean() > 0, "a share of those that were held out"
+    here = task(photos, knows_classes)
+    equal = cross_validate(Strategy.FULL, here)
+    assert equal.evaluated.all()
+    again = cross_validate(Strategy.FULL, here, baseline=equal)
+    assert again.evaluated.sum() == judged
+    assert again.top1 == again.correct[again.evaluated].mean() > 0, "a share of those that were held out"
 
 
 def test_the_reason_says_why_the_default_is_kept(photos: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    def verdict(path: AdaptPath, *_rest: Any, **_more: Any) -> Verdict:
-        count = 7 if path is FULL else 6
-        return Verdict(path.name, 4, count / 9, 1.0, np.ones(9, bool), np.arange(9) < count)
+    def verdict(strategy: Strategy, *_rest: Any, **_more: Any) -> CrossValidationResult:
+        count = 7 if strategy is Strategy.FULL else 6
+        return CrossValidationResult(strategy, 4, count / 9, 1.0, np.ones(9, bool), np.arange(9) < count)
 
-    monkeypatch.setattr(path_choice, "judge", verdict)
-    assert "no path is ahead of it by more than chance" in choose_path(site(photos, False)).reason
-    assert "chance" not in choose_path(site(photos)).reason
+    monkeypatch.setattr(selection, "cross_validate", verdict)
+    assert "no strategy is ahead of it by more than chance" in select_strategy(task(photos, False)).reason
+    assert "chance" not in select_strategy(task(photos)).reason
 
 
 def spoiling(photos: ImageSet, tmp_path: Path) -> tuple[Path, AdaptSettings]:
     """A student that knows the photos, and settings that make it forget them."""
-    good = site(photos, head="means", adapt_lr=1e-9)
-    begun = course(LAST[0], good)
-    follow(LAST[0], good, begun)
-    begun.whole.save(tmp_path / "student")
-    return tmp_path / "student", replace(SETTINGS, path="last-1", head="new", adapt_lr=1e-9)
+    good = task(photos, head="means", adapt_lr=1e-9)
+    trainable = prepare(LAST[0], good)
+    train_strategy(LAST[0], good, trainable)
+    trainable.student.save(tmp_path / "student")
+    return tmp_path / "student", replace(SETTINGS, strategy="last-1", head="new", adapt_lr=1e-9)
 
 
 def test_a_path_that_makes_the_student_worse_is_not_taken_in_silence(
@@ -257,19 +258,19 @@ def test_a_path_that_makes_the_student_worse_is_not_taken_in_silence(
     student, settings = spoiling(photos, tmp_path)
     with caplog.at_level(logging.WARNING, "synthkit"):
         metrics = adapt(settings, TRAINING, student, photos, tmp_path / "adapted").manifest.metrics
-    assert metrics["path"] == "last-1", "it is what was asked for"
+    assert metrics["strategy"] == "last-1", "it is what was asked for"
     assert "as asked for, but" in metrics["reason"] and "with the student unchanged" in metrics["reason"]
     parent, asked = metrics["cross_validation"]
-    assert parent["path"] == "unchanged" and parent["top1"] > asked["top1"]
+    assert parent["strategy"] == "unchanged" and parent["top1"] > asked["top1"]
     assert "last-1 does worse than the student as it was" in caplog.text
 
 
 def test_left_to_itself_adapt_is_never_worse_than_the_parent(photos: ImageSet, tmp_path: Path) -> None:
     student, settings = spoiling(photos, tmp_path)
-    auto = replace(settings, path="auto")
+    auto = replace(settings, strategy="auto")
     metrics = adapt(auto, TRAINING, student, photos, tmp_path / "adapted").manifest.metrics
-    scores = {one["path"]: one["top1"] for one in metrics["cross_validation"]}
-    assert scores[metrics["path"]] >= scores["unchanged"]
+    scores = {one["strategy"]: one["top1"] for one in metrics["cross_validation"]}
+    assert scores[metrics["strategy"]] >= scores["unchanged"]
     assert right(load_student(tmp_path / "adapted"), photos) >= right(load_student(student), photos)
 
 
@@ -277,7 +278,7 @@ def test_a_path_that_helps_is_taken_without_a_word(
     photos: ImageSet, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     lively_student(0, COLOURS).save(tmp_path / "student")
-    settings = replace(SETTINGS, path="last-1", head="means")
+    settings = replace(SETTINGS, strategy="last-1", head="means")
     with caplog.at_level(logging.WARNING, "synthkit"):
         metrics = adapt(settings, TRAINING, tmp_path / "student", photos, tmp_path / "a").manifest.metrics
     assert metrics["reason"] == "as asked for" and not caplog.text
@@ -287,8 +288,8 @@ def test_a_path_that_helps_is_taken_without_a_word(
 
 def test_with_one_photo_nothing_can_be_said_of_a_path(tmp_path: Path) -> None:
     one = ImageSet.scan(colour_folders(tmp_path / "one", COLOURS, each=1))
-    choice = choose_path(site(one, path="last-1"))
-    assert "nothing says whether it helps" in choice.reason and not choice.verdicts
+    choice = select_strategy(task(one, strategy="last-1"))
+    assert "nothing says whether it helps" in choice.reason and not choice.cross_validation
 
 
 def test_copies_do_not_judge_themselves(photos: ImageSet, tmp_path: Path) -> None:
@@ -297,7 +298,7 @@ def test_copies_do_not_judge_themselves(photos: ImageSet, tmp_path: Path) -> Non
         folder = tmp_path / "copied" / photos.classes[item.label]
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("a", "b"):
-            (folder / f"{name}{item.path.name}").write_bytes(item.path.read_bytes())
+            (folder / f"{name}{item.strategy.value}").write_bytes(item.path.read_bytes())
     lively_student(0, COLOURS).save(tmp_path / "student")
     copied = ImageSet.scan(tmp_path / "copied")
     metrics = adapt(SETTINGS, TRAINING, tmp_path / "student", copied, tmp_path / "adapted").manifest.metrics

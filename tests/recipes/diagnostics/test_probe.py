@@ -100,7 +100,7 @@ def test_the_command_measures_everything_once(
 
 def test_the_ends_of_the_curve_are_the_students_of_one_domain(probe: Probe) -> None:
     top1 = {(point.first, point.k): point.top1 for point in recipe.curve(probe, 2)}
-    groups = len(probe.initial.units())
+    groups = len(probe.initial.layer_groups())
     assert top1[SYNTHETIC, 0] == top1[REAL, groups] == probe.score(probe.student(REAL))
     assert top1[REAL, 0] == top1[SYNTHETIC, groups] == probe.score(probe.student(SYNTHETIC))
 
@@ -110,7 +110,7 @@ def test_the_first_units_stay_and_the_others_never_saw_the_first_domain(
     probe: Probe, folders: Path, k: int
 ) -> None:
     first, mixed = probe.student(SYNTHETIC), mixed_student(probe, SYNTHETIC, k)
-    units = first.units()
+    units = first.layer_groups()
     state, own = first.model.state_dict(), mixed.model.state_dict()
     kept = {name for unit in units[:k] for name in unit}
     assert all(torch.equal(state[name], own[name]) for name in kept)
@@ -128,7 +128,7 @@ def test_statistics_go_with_their_units() -> None:
     source, target = lively_student(1), lively_student(2)
     before = {key: value.clone() for key, value in target.model.state_dict().items()}
     copy_layer_groups(source, target, 2)
-    names = {name for unit in source.units()[:2] for name in unit}
+    names = {name for unit in source.layer_groups()[:2] for name in unit}
     owners = {name.rpartition(".")[0] for name in names}
     for key, value in target.model.state_dict().items():
         taken = key.rpartition(".")[0] in owners

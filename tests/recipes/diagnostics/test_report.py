@@ -115,9 +115,14 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_json(work / "curves.json", {"loss": [2.0, 1.0], "lr": [], "validation": [[1, 0.5], [2, 0.9]]})
 
     stage(root / "student", "train", student)
-    paths = [{"path": "last-1", "steps": 60, "top1": 0.8125, "loss": 0.5, "photos": 16}]
+    paths = [{"strategy": "last-1", "steps": 60, "top1": 0.8125, "loss": 0.5, "photos": 16}]
     stage(
-        root / "adapted", "adapt", lambda work: None, path="last-1", reason="so it is", cross_validation=paths
+        root / "adapted",
+        "adapt",
+        lambda work: None,
+        strategy="last-1",
+        reason="so it is",
+        cross_validation=paths,
     )
     parity = {"max_abs_error": 1.9e-6, "top1_agreement": 1.0}
     (root / "bundle").mkdir()

@@ -120,7 +120,7 @@ def test_training_methods_take_the_bridge_s_steps_on_the_same_images(
     assert made["vanilla"]["metrics"]["real_steps"] == bridged["metrics"]["real_steps"]
     for count in (1, 4):
         adapted = json.loads((place / f"last-{count}" / "manifest.json").read_text("utf-8"))
-        assert adapted["metrics"]["path"] == f"last-{count}"
+        assert adapted["metrics"]["strategy"] == f"last-{count}"
         assert adapted["inputs"]["photos"] == bridged["inputs"]["photos"]
 
 

@@ -28,7 +28,7 @@ from tests.tiny_students import colour_folders
 
 COLOURS = ("blue", "green", "red")
 QUICK = [
-    *"--per-class 4 --student test_resnet --path last-1".split(),
+    *"--per-class 4 --student test_resnet --strategy last-1".split(),
     *given(
         *"learn-style.steps=3 learn-style.init_word=the learn-style.batch_size=4 generate.steps=2".split(),
         *"train.epochs=1 train.real_steps=2 train.batch_size=6 adapt.adapt_steps=2".split(),
@@ -139,7 +139,8 @@ def test_unknown_names_offer_the_nearest(workspace: Path, photos: Path, tmp_path
     base = ["adapt", "--real-dir", photos]
     no_synth = [*base, "--no-synth"]
     assert "did you mean resnet10t" in refusal(workspace, *no_synth, "--student", "resnet10")
-    assert "did you mean last-2" in refusal(workspace, *no_synth, "--path", "last2")
+    text = refusal(workspace, *no_synth, "--set", "adapt.strategy=last2")
+    assert "strategy = 'last2': must be one of auto, unchanged, last-1, last-2" in text
     assert "no weights" in refusal(workspace, *no_synth, "--weights", tmp_path / "absent")
     text = refusal(workspace, *base, "--model", "glyphs32x")
     assert "no generator 'glyphs32x'" in text and "--model" in text

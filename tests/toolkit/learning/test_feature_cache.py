@@ -12,7 +12,7 @@ pytest.importorskip("timm")
 import torch
 
 from synthkit.data.images import ImageSet
-from synthkit.learning.feature_cache import see, split
+from synthkit.learning.feature_cache import extract_features, split
 from synthkit.learning.fit import Examples, FitSettings, fit
 from synthkit.learning.students import Student
 from tests.tiny_students import class_folders, lively_student
@@ -40,8 +40,8 @@ def test_the_result_is_that_of_the_plain_loop_on_the_same_views(
     for student in (fast, plain):
         student.train_only_last(units)
     cut = split(fast)
-    fit(cut.trained, see(fast, examples(photos, fast), cut.frozen, 2, 0), SETTINGS)
-    fit(plain, see(plain, examples(photos, plain), lambda images: (images,), 2, 0), SETTINGS)
+    fit(cut.trained, extract_features(fast, examples(photos, fast), cut.frozen, 2, 0), SETTINGS)
+    fit(plain, extract_features(plain, examples(photos, plain), lambda images: (images,), 2, 0), SETTINGS)
     before, moved = lively_student(name=kind).model.state_dict(), 0
     for (name, one), (_, other) in zip(
         fast.model.named_parameters(), plain.model.named_parameters(), strict=True
@@ -61,7 +61,7 @@ def test_the_frozen_layers_see_each_view_once(photos: ImageSet) -> None:
         seen.append(len(images))
         return cut.frozen(images)
 
-    views = see(student, examples(photos, student), counted, 3, 0)
+    views = extract_features(student, examples(photos, student), counted, 3, 0)
     fit(cut.trained, views, SETTINGS)
     assert sum(seen) == len(photos) * (3 + 1), "three views and the photo itself"
 
@@ -70,7 +70,7 @@ def test_views_differ_and_clean_photos_are_judged(photos: ImageSet) -> None:
     student = lively_student()
     student.train_only_last(2)
     cut, some = split(student), examples(photos, student)
-    views = see(student, some, cut.frozen, 2, 0)
+    views = extract_features(student, some, cut.frozen, 2, 0)
     assert all(not torch.equal(one[:, 0], one[:, 1]) for one in views.augmented)
     rows = np.array([4, 1])
     expected = student.logits(some.pixels(rows)).numpy()

@@ -1,4 +1,4 @@
-"""Batches of both kinds, and the second BatchNorm that goes with them."""
+"""BatchSource of both kinds, and the second BatchNorm that goes with them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from synthkit.data.images import ImageSet
 from synthkit.errors import ConfigError
 from synthkit.learning.auxiliary_norm import auxiliary_norms
 from synthkit.learning.fit import Examples, FitSettings, fit
-from synthkit.learning.mixed_batches import Blend, dealt
+from synthkit.learning.mixed_batches import MixedBatches, dealt
 from synthkit.learning.students import Student
 from tests.tiny_students import PREPROCESSING, colour_folders, lively_student, noise
 
@@ -52,7 +52,7 @@ def test_a_stream_deals_every_image_once_before_any_twice() -> None:
 def test_batches_hold_the_share_of_photos_first(
     kinds: tuple[Examples, Examples], student: Student, share: float, numbers: list[int]
 ) -> None:
-    blend = Blend(*kinds, share)
+    blend = MixedBatches(*kinds, share)
     assert len(blend) == 21
     known = {
         kind: {one.tobytes() for one in student.normalise(unit(examples)).numpy()}
@@ -72,7 +72,7 @@ def unit(examples: Examples) -> torch.Tensor:
 def test_the_weighted_loss_is_the_weighted_sum_of_both_means(
     kinds: tuple[Examples, Examples], student: Student
 ) -> None:
-    (images,), targets = Blend(*kinds, 0.25, weight=0.8).batch(student, np.zeros(8, int), 0, PLAIN)
+    (images,), targets = MixedBatches(*kinds, 0.25, weight=0.8).batch(student, np.zeros(8, int), 0, PLAIN)
     student.model.eval()
     logits, labels = student.model(images).detach(), targets.argmax(1)
     real, synthetic = (float(F.cross_entropy(logits[part], labels[part])) for part in (slice(2), slice(2, 8)))
@@ -80,7 +80,7 @@ def test_the_weighted_loss_is_the_weighted_sum_of_both_means(
 
 
 def test_both_kinds_have_randomness_of_their_own(kinds: tuple[Examples, Examples], student: Student) -> None:
-    blend, settings = Blend(kinds[0], kinds[0], 0.5), replace(PLAIN, augment="default")
+    blend, settings = MixedBatches(kinds[0], kinds[0], 0.5), replace(PLAIN, augment="default")
     (images,), _ = blend.batch(student, np.zeros(8, int), 0, settings)
     assert not torch.equal(images[:4], images[4:])
     assert torch.equal(images, blend.batch(student, np.zeros(8, int), 0, settings)[0][0])
@@ -107,7 +107,7 @@ def test_both_norms_learn_and_only_the_first_one_remains(
     before = {key: value.clone() for key, value in student.model.state_dict().items()}
     with auxiliary_norms(student.model, "test_resnet"):
         aux = [key for key in student.model.state_dict() if "aux_bn" in key and key.endswith(".weight")]
-        fit(student, Blend(*kinds, 0.5), PLAIN)
+        fit(student, MixedBatches(*kinds, 0.5), PLAIN)
         inside = {key: value.clone() for key, value in student.model.state_dict().items()}
         logits = student.logits(noise(4))
     assert aux and all(not torch.equal(inside[key], inside[key.replace("aux_bn.0.", "")]) for key in aux)

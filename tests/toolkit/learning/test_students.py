@@ -88,7 +88,7 @@ ARCHITECTURES = ["resnet10t", "mobilenetv3_small_050", "vit_tiny_patch16_224"]
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_units_end_with_the_head_alone(name: str) -> None:
     student = new_student(name, CLASSES)
-    units = student.units()
+    units = student.layer_groups()
     names = [name for name, _ in student.model.named_parameters()]
     assert sorted(name for unit in units for name in unit) == sorted(names), "each parameter in one unit"
     own = {id(parameter) for parameter in student.head.parameters()}
@@ -101,7 +101,7 @@ def test_units_end_with_the_head_alone(name: str) -> None:
 
 
 def test_a_resnet_s_units_are_its_blocks() -> None:
-    units = new_student("resnet10t", CLASSES).units()
+    units = new_student("resnet10t", CLASSES).layer_groups()
     starts = [unit[0].rpartition(".")[0].split(".")[0] for unit in units]
     assert starts == ["conv1", "layer1", "layer2", "layer3", "layer4", "fc"]
 
@@ -110,14 +110,14 @@ def test_a_resnet_s_units_are_its_blocks() -> None:
 def test_a_new_head_changes_the_head_only_and_always_alike(name: str) -> None:
     student = new_student(name, CLASSES, image_size=32)
     before, random = state(student), torch.random.get_rng_state()
-    student.new_head(5)
-    head = set(student.units()[-1])
+    student.reset_head(5)
+    head = set(student.layer_groups()[-1])
     assert changed(student, before) <= head and any("weight" in key for key in changed(student, before))
     assert torch.equal(torch.random.get_rng_state(), random), "the global random state is the caller's"
     first = state(student)
-    student.new_head(5)
+    student.reset_head(5)
     assert not changed(student, first)
-    student.new_head(6)
+    student.reset_head(6)
     assert changed(student, first)
 
 
@@ -236,7 +236,7 @@ def test_a_new_head_on_pretrained_weights_favours_no_class(tmp_path: Path) -> No
     new_student("mobilenetv2_035", CLASSES, image_size=32).save(tmp_path)
     student = new_student("mobilenetv2_035", CLASSES, weights=tmp_path, image_size=32)
     assert not student.logits(noise(2)).any()
-    student.new_head(0)
+    student.reset_head(0)
     assert student.logits(noise(2)).any()
 
 
@@ -244,7 +244,7 @@ def test_a_new_head_on_pretrained_weights_favours_no_class(tmp_path: Path) -> No
 def test_a_new_head_is_of_the_scale_of_the_features(name: str) -> None:
     """Only the head that timm creates a MobileNet with is large: the one that `new_head` makes is torch's."""
     student = new_student(name, CLASSES)
-    student.new_head(0)
+    student.reset_head(0)
     weight = student.head.weight.detach()
     gain = float(weight.std()) * weight.shape[1] ** 0.5  # logits over features, both as standard deviations
     assert gain == pytest.approx(3**-0.5, rel=0.1)
