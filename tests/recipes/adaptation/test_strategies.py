@@ -138,10 +138,20 @@ def test_the_head_starts_as_asked(photos: ImageSet, head: str, kept: bool) -> No
     assert kept or not weight.any()
 
 
-def test_all_layers_get_a_new_head_unless_it_is_to_be_kept(photos: ImageSet) -> None:
+def test_all_layers_get_a_random_head_unless_another_one_is_asked_for(photos: ImageSet) -> None:
     before = lively_student(0, COLOURS).model.fc.weight
-    assert not torch.equal(prepare(Strategy.FULL, task(photos)).whole.model.fc.weight, before)
-    assert torch.equal(prepare(Strategy.FULL, task(photos, head="keep")).whole.model.fc.weight, before)
+    fresh = prepare(Strategy.FULL, task(photos)).student.model.fc.weight
+    assert fresh.any() and not torch.equal(fresh, before)
+    assert torch.equal(prepare(Strategy.FULL, task(photos, head="keep")).student.model.fc.weight, before)
+
+
+@pytest.mark.parametrize("strategy", [*LAST, Strategy.FULL])
+@pytest.mark.parametrize("knows_classes", [True, False])
+def test_a_new_head_means_zeros_for_every_strategy(
+    photos: ImageSet, strategy: Strategy, knows_classes: bool
+) -> None:
+    head = prepare(strategy, task(photos, knows_classes, head="new")).student.head
+    assert not any(parameter.any() for parameter in head.parameters())
 
 
 def test_means_are_where_training_starts(photos: ImageSet) -> None:
@@ -152,7 +162,7 @@ def test_means_are_where_training_starts(photos: ImageSet) -> None:
     kept = task(photos, head="keep", adapt_lr=1e-9)
     start = prepare(LAST[0], kept)
     train_strategy(LAST[0], kept, start)
-    assert right(trainable.student, photos) > max(0.8, right(start.whole, photos))
+    assert right(trainable.student, photos) > max(0.8, right(start.student, photos))
 
 
 @pytest.mark.parametrize(
@@ -298,7 +308,7 @@ def test_copies_do_not_judge_themselves(photos: ImageSet, tmp_path: Path) -> Non
         folder = tmp_path / "copied" / photos.classes[item.label]
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("a", "b"):
-            (folder / f"{name}{item.strategy.value}").write_bytes(item.path.read_bytes())
+            (folder / f"{name}{item.path.name}").write_bytes(item.path.read_bytes())
     lively_student(0, COLOURS).save(tmp_path / "student")
     copied = ImageSet.scan(tmp_path / "copied")
     metrics = adapt(SETTINGS, TRAINING, tmp_path / "student", copied, tmp_path / "adapted").manifest.metrics
