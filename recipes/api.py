@@ -15,7 +15,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from synthkit.artifacts import StageResult, recorded_inputs, run_stage, workspace_lock
 from synthkit.config import Given
@@ -40,9 +40,15 @@ from synthkit.recipes.settings import (
     TrainSettings,
 )
 
+if TYPE_CHECKING:
+    from synthkit.recipes.studies.compare import Comparison
+
 PathLike: TypeAlias = str | os.PathLike[str]
 
 WORKSPACE = "synthkit-work"
+
+#: What `compare` compares when it is not told.
+DEFAULT_METHODS = ("vanilla-matched", "synthetic", "bridged++", "adapted")
 
 
 @dataclass(frozen=True)
@@ -416,3 +422,41 @@ def export(
     )
     with workspace_lock(place.root):
         return ExportResult.of(run_stage(stage, force=force))
+
+
+def compare(
+    real_dir: PathLike,
+    test_dir: PathLike,
+    *,
+    methods: Sequence[str] = DEFAULT_METHODS,
+    shots: Sequence[int] = (1, 2, 4, 8, 16),
+    seeds: int = 3,
+    settings: ChainSettings | None = None,
+    workspace: PathLike = WORKSPACE,
+    jobs: int = 1,
+) -> Comparison:
+    """Compare methods over several splits of real photos; what was measured before is not measured again.
+
+    Args:
+        real_dir: one folder of photos per class, to take the few shots from.
+        test_dir: the same for test images, which only measure.
+        methods: what to compare; see `synthkit compare --help`.
+        shots: photos per class.
+        seeds: splits per number of shots; the first seed is that of `settings.adapt`.
+        settings: of all stages; None: the defaults, on the workspace's engines.
+        workspace: folder where the stages write.
+        jobs: processes.
+
+    Raises:
+        DataError: the test folder shares an image with the photos, or a class has too few of them.
+    """
+    from synthkit.recipes.studies.compare import Split
+    from synthkit.recipes.studies.compare import compare as measure
+
+    place = Workspace(Path(workspace))
+    settings = settings or ChainSettings.from_given(Given(), place)
+    first = settings.adapt.seed
+    splits = [Split(count, seed) for count in shots for seed in range(first, first + seeds)]
+    with workspace_lock(place.root):
+        pool, test = ImageSet.scan(Path(real_dir)), ImageSet.scan(Path(test_dir))
+        return measure(settings, place.root, pool, test, list(methods), splits, jobs)

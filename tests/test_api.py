@@ -15,7 +15,7 @@ import pytest
 import synthkit
 from tests.project_files import ROOT
 
-FUNCTIONS = ("adapt", "build_engines", "generate", "export")
+FUNCTIONS = ("adapt", "build_engines", "generate", "export", "compare")
 
 
 def test_every_public_name_is_there_and_is_what_type_checkers_see() -> None:
@@ -51,7 +51,7 @@ def test_every_argument_is_typed_and_documented(name: str) -> None:
     for parameter in signature.parameters.values():
         assert parameter.annotation is not inspect.Parameter.empty, parameter.name
         assert f"    {parameter.name}: " in arguments, parameter.name
-    assert signature.return_annotation.endswith("Result"), signature.return_annotation
+    assert signature.return_annotation.endswith(("Result", "Comparison")), signature.return_annotation
 
 
 def test_from_a_folder_to_a_prediction(tiny_model: Path, tmp_path: Path) -> None:

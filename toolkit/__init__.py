@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from synthkit.data.images import ImageSet as ImageSet
     from synthkit.recipes.api import adapt as adapt
     from synthkit.recipes.api import build_engines as build_engines
+    from synthkit.recipes.api import compare as compare
     from synthkit.recipes.api import export as export
     from synthkit.recipes.api import generate as generate
+    from synthkit.recipes.chain import ChainSettings as ChainSettings
     from synthkit.recipes.device.bundle import Bundle as Bundle
     from synthkit.recipes.settings import AdaptSettings as AdaptSettings
     from synthkit.recipes.settings import EngineSettings as EngineSettings
@@ -42,9 +44,10 @@ for _name, _value in (
     os.environ.setdefault(_name, _value)
 
 _WHERE = {
-    **dict.fromkeys(("adapt", "build_engines", "export", "generate"), "synthkit.recipes.api"),
+    **dict.fromkeys(("adapt", "build_engines", "compare", "export", "generate"), "synthkit.recipes.api"),
     "Bundle": "synthkit.recipes.device.bundle",
     "ImageSet": "synthkit.data.images",
+    "ChainSettings": "synthkit.recipes.chain",
     **dict.fromkeys(
         (
             "AdaptSettings",

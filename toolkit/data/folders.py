@@ -212,6 +212,6 @@ def _refuse_names(root: Path, names: Sequence[str]) -> None:
         first = alike.setdefault(name.strip().casefold(), name)
         if first != name:
             raise DataError(
-                f"the folders {first!r} and {name!r} in {root} differ in case or blanks alone; put the images "
-                "of a class into one folder"
+                f"the folders {first!r} and {name!r} in {root} differ in case or blanks alone; put the "
+                "images of a class into one folder"
             )
