@@ -1,4 +1,4 @@
-"""Dataset style inversion: one new word is fitted to the look of a site's real photos.
+"""Dataset style inversion: one new word is fitted to the style of a site's real photos.
 
 Li et al. 2024, arXiv 2403.19866, section on DSI: everything but the embedding of the new token is frozen, and
 
@@ -52,13 +52,13 @@ class InversionSettings:
         steps: gradient steps.
         lr: AdamW's learning rate; its peak under a cosine schedule.
         batch_size: noised latents per backward pass.
-        checkpoint_every: steps between two checkpoints, and between two looks at held-out photos.
+        checkpoint_every: steps between two checkpoints, and between two evaluations of held-out photos.
         seed: of order, noise and timesteps.
         schedule: constant, or a cosine that ends at zero.
         accumulate: backward passes per gradient step.
         mixed_precision: "no", or the type that the networks compute in.
-        early_stop: looks at held-out photos without a lower loss after which the fit ends; 0: none are held
-            out, and the last vectors are kept instead of the best.
+        early_stop: evaluations of held-out photos without a lower loss, after which the fit ends; 0: no
+            photos are held out, and the last vectors are kept instead of the best.
     """
 
     token: str
@@ -95,8 +95,8 @@ class Preview:
     """What is shown while a token is learned.
 
     Attributes:
-        every: steps between two looks; the first is before the first step.
-        photos: positions of the photos whose prompts are drawn.
+        every: steps between two previews; the first is before the first step.
+        photos: positions of the photos whose prompts are shown.
         show: is given the steps done and the prompts' text embeddings [n, L, width].
     """
 
@@ -114,26 +114,26 @@ class _State(torch.nn.Module):
 
     def __init__(self, start: torch.Tensor, settings: InversionSettings) -> None:
         super().__init__()
-        looks = 1 + math.ceil(settings.steps / settings.checkpoint_every) if settings.early_stop else 0
+        evaluations = 1 + math.ceil(settings.steps / settings.checkpoint_every) if settings.early_stop else 0
         self.vectors = torch.nn.Parameter(start.clone())
         self.register_buffer("losses", torch.zeros(settings.steps))
-        self.register_buffer("held_out", torch.full((looks,), torch.nan))
+        self.register_buffer("held_out", torch.full((evaluations,), torch.nan))
         self.register_buffer("best", start.clone())
 
     @property
-    def looks(self) -> int:
-        """Losses of the held-out photos that are known."""
+    def evaluations(self) -> int:
+        """Number of evaluations so far."""
         return int(self.held_out.isfinite().sum())
 
     def record(self, loss: float) -> None:
         """Note a held-out loss, and the vectors where it is the lowest."""
-        if self.looks == 0 or loss < self.held_out[: self.looks].min():
+        if self.evaluations == 0 or loss < self.held_out[: self.evaluations].min():
             self.best.copy_(self.vectors.detach())
-        self.held_out[self.looks] = loss
+        self.held_out[self.evaluations] = loss
 
     def stopped(self, patience: int) -> bool:
-        """Whether the held-out loss has not fallen for so many looks."""
-        known = self.held_out[: self.looks]
+        """Whether the held-out loss has not fallen for so many evaluations."""
+        known = self.held_out[: self.evaluations]
         return len(known) > 0 and len(known) - 1 - int(known.argmin()) >= patience
 
 
@@ -186,7 +186,7 @@ def invert_style(
     optimizer = torch.optim.AdamW([state.vectors], lr=settings.lr, weight_decay=0)
     done = load_checkpoint(checkpoint, {"style": state}, optimizer)
     if done == 0:
-        _look(prompts, latents, held, state, settings)
+        _evaluate(prompts, latents, held, state, settings)
         _show(preview, prompts, state, 0)
     for step in tqdm(
         range(done, settings.steps), "learn style", initial=done, total=settings.steps, disable=None
@@ -196,7 +196,7 @@ def invert_style(
         _gradient_step(prompts, latents, used, state, optimizer, settings, step)
         done = step + 1
         if done % settings.checkpoint_every == 0 or done == settings.steps:
-            _look(prompts, latents, held, state, settings)
+            _evaluate(prompts, latents, held, state, settings)
             save_checkpoint(checkpoint, done, {"style": state}, optimizer)
         _show(preview, prompts, state, done)
     return _result(state, settings, done)
@@ -304,14 +304,14 @@ def _loss(
 
 
 @torch.no_grad()
-def _look(
+def _evaluate(
     prompts: _Prompts,
     latents: torch.Tensor,
     held: torch.Tensor,
     state: _State,
     settings: InversionSettings,
 ) -> None:
-    """Record the loss of the held-out photos; noise and timesteps are the same at every look."""
+    """Record the loss of the held-out photos; noise and timesteps are the same at every evaluation."""
     if not len(held):
         return
     repeated = held.repeat(math.ceil(_HELD_OUT_NOISES / len(held)))
@@ -331,11 +331,16 @@ def _show(preview: Preview | None, prompts: _Prompts, state: _State, done: int) 
 
 def _result(state: _State, settings: InversionSettings, done: int) -> Inversion:
     vectors = state.best if settings.early_stop else state.vectors.detach()
-    looks = [min(index * settings.checkpoint_every, settings.steps) for index in range(state.looks)]
+    evaluations = [
+        min(index * settings.checkpoint_every, settings.steps) for index in range(state.evaluations)
+    ]
     return Inversion(
         StyleToken(settings.token, vectors.cpu().numpy().copy()),
         [round(loss, 6) for loss in state.losses[:done].tolist()],
-        {step: round(float(loss), 6) for step, loss in zip(looks, state.held_out.tolist(), strict=False)},
+        {
+            step: round(float(loss), 6)
+            for step, loss in zip(evaluations, state.held_out.tolist(), strict=False)
+        },
     )
 
 

@@ -78,40 +78,40 @@ class GenerateSettings:
     """`generate`: synthetic images of every class."""
 
     per_class: int = setting(200, "images of each class", minimum=1)
-    steps: int | str = setting(15, "denoising steps, or LOW:HIGH, drawn per image", minimum=1)
+    steps: int | str = setting(15, "denoising steps, or LOW:HIGH, sampled per image", minimum=1)
     guidance: float | str = setting(
-        2.0, "guidance scale, or LOW:HIGH, drawn per image; 1 or less: none", minimum=0
+        2.0, "guidance scale, or LOW:HIGH, sampled per image; 1 or less: none", minimum=0
     )
     template: tuple[str, ...] = setting(
-        (), "sentence of prompts, with {words}, {token}, {context}; several: drawn per image"
+        (), "sentence of prompts, with {words}, {token}, {context}; several: one per image"
     )
-    context: tuple[str, ...] = setting((), "phrase that ends a prompt; several: drawn per image")
+    context: tuple[str, ...] = setting((), "phrase that ends a prompt; several: one per image")
     negative: str = setting("", "negative prompt, which guidance leads away from")
-    plain_share: float = setting(0.0, "share of images that are drawn without the style, 0 to 1", minimum=0)
+    plain_share: float = setting(0.0, "share of images generated without the style, 0 to 1", minimum=0)
     init: Literal["noise", "real"] = setting("noise", "what an image starts from; real: a photo of its class")
-    strength: float = setting(0.75, "of --init real: 1 leaves nothing of the photo, 0 all of it", minimum=0)
+    strength: float = setting(0.75, "of init = real: 1 leaves nothing of the photo, 0 all of it", minimum=0)
     batch_size: int = setting(100, "images per batch", minimum=1, in_key=False)
     ray: str | None = setting(
-        None, "draw on a Ray cluster: its address, or local; chosen: in this process", in_key=False
+        None, "generate on a Ray cluster: its address, or local; chosen: in this process", in_key=False
     )
     ray_workers: int | None = setting(
-        None, "Ray: processes that draw; chosen: one per GPU or node", minimum=1, in_key=False
+        None, "Ray: processes that generate; chosen: one per GPU or node", minimum=1, in_key=False
     )
-    seed: int = setting(0, "run seed; image i of class c is drawn from (seed, c, i)", minimum=0)
+    seed: int = setting(0, "run seed; image i of class c comes from (seed, c, i)", minimum=0)
 
 
 @dataclass(frozen=True)
 class FilterSettings:
-    """`generate` and `adapt`: which images are rejected and drawn again."""
+    """`generate` and `adapt`: which images are rejected and resampled."""
 
     filter: str = setting("none", "comma-separated: blank, saturated, class, duplicate, leak")
     filter_quantile: float = setting(
         0.05, "share of your photos that a filter's threshold would reject, 0 to 1", minimum=0
     )
     classifier: str | None = setting(
-        None, "folder of a student or of CLIP that judges the class; chosen: none", in_key=False
+        None, "reference classifier: folder of a student or of CLIP; chosen: none", in_key=False
     )
-    retries: int = setting(3, "times that a rejected image is drawn anew before it is given up", minimum=0)
+    retries: int = setting(3, "times that a rejected image is resampled before it is dropped", minimum=0)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Which synthetic images are fit to learn from, by thresholds taken from the site's own photos.
+"""Filters of synthetic images, with thresholds taken from the site's own photos.
 
     blank      one colour
     saturated  more clipped pixels than the photos have
@@ -6,8 +6,8 @@
     class      a classifier doubts the class more than it doubts the photos
     duplicate  a near-duplicate of an earlier image of its class
 
-The order is that of the verdicts: an image that is unfit by itself makes no later one a duplicate. Photos and
-synthetic images are measured by the same code, each by itself, so the verdicts are a function of the list of
+Filters apply in this order: an image that is unfit by itself makes no later one a duplicate. Photos and
+synthetic images are measured by the same code, each by itself, so the results are a function of the list of
 images alone.
 """
 
@@ -24,8 +24,19 @@ from PIL import Image
 
 from synthkit import standalone
 from synthkit.artifacts import fingerprint
-from synthkit.calibration.filters.near_duplicates import moved_distance, near_any, reach, repeats, vector
-from synthkit.calibration.filters.reference_classifier import BATCH, ClassJudge, Words, open_judge
+from synthkit.calibration.filters.near_duplicates import (
+    duplicate_threshold,
+    find_near_duplicates,
+    moved_distance,
+    near_any,
+    vector,
+)
+from synthkit.calibration.filters.reference_classifier import (
+    BATCH,
+    ReferenceClassifier,
+    Words,
+    open_classifier,
+)
 from synthkit.data.images import ImageSet
 from synthkit.errors import BadImages, ConfigError, DataError, nearest
 
@@ -46,8 +57,8 @@ Named = tuple[Path, str]
 
 
 @dataclass(frozen=True)
-class Traits:
-    """What is measured of one image.
+class ImageStatistics:
+    """The measurements of one image that filters look at.
 
     Attributes:
         contrast: largest standard deviation of a channel, in grey levels of 255.
@@ -169,37 +180,37 @@ def fit_filters(choices: Choices, photos: ImageSet | None, test: ImageSet | None
     """
     filters = chosen_filters(choices)
     _refuse_missing(filters, choices, photos, test)
-    judge = _open_judge(Path(str(choices.classifier)), photos, words) if CLASS in filters else None
-    own = list(measure(_named(photos), judge)) if photos and set(filters) - {BLANK} else []
+    classifier = _open_classifier(Path(str(choices.classifier)), photos, words) if CLASS in filters else None
+    own = list(measure(_named(photos), classifier)) if photos and set(filters) - {BLANK} else []
     tests = list(measure(_named(test), None)) if test and LEAK in filters else []
     thresholds = _thresholds(filters, photos, own, choices.filter_quantile) if photos else Thresholds()
-    return Filters(filters, choices.filter_quantile, thresholds, judge, _vectors(own), _vectors(tests))
+    return Filters(filters, choices.filter_quantile, thresholds, classifier, _vectors(own), _vectors(tests))
 
 
-def _open_judge(folder: Path, photos: ImageSet | None, words: Words) -> ClassJudge:
+def _open_classifier(folder: Path, photos: ImageSet | None, words: Words) -> ReferenceClassifier:
     from synthkit.learning.students import untrained_on
 
-    judge = open_judge(untrained_on(folder, photos) if photos else folder, words)
-    unknown = [name for name in photos.classes if name not in judge.classes] if photos else []
+    classifier = open_classifier(untrained_on(folder, photos) if photos else folder, words)
+    unknown = [name for name in photos.classes if name not in classifier.classes] if photos else []
     if photos and unknown:
         raise DataError(
             f"--filter class: {photos.root} has photos of a class that the classifier does not know: "
             f"{', '.join(map(repr, unknown))}; give photos of the set's own classes"
         )
-    return judge
+    return classifier
 
 
 def _named(images: ImageSet) -> list[Named]:
     return [(item.path, images.classes[item.label]) for item in images.items]
 
 
-def _vectors(traits: Sequence[Traits]) -> np.ndarray:
+def _vectors(statistics: Sequence[ImageStatistics]) -> np.ndarray:
     """Vectors of images, int16 [N, 768]."""
-    return np.stack([one.vector for one in traits]) if traits else np.empty((0, 768), np.int16)
+    return np.stack([one.vector for one in statistics]) if statistics else np.empty((0, 768), np.int16)
 
 
 def _thresholds(
-    filters: Sequence[str], photos: ImageSet, own: Sequence[Traits], quantile: float
+    filters: Sequence[str], photos: ImageSet, own: Sequence[ImageStatistics], quantile: float
 ) -> Thresholds:
     clipped = probability = distance = None
     if SATURATED in filters:
@@ -208,31 +219,33 @@ def _thresholds(
         probability = float(np.quantile([one.probability for one in own], quantile))
     if LEAK in filters or DUPLICATE in filters:
         moved = [moved_distance(open_picture(item.path)) for item in photos.items]
-        distance = reach(moved, _vectors(own), photos.labels, quantile)
+        distance = duplicate_threshold(moved, _vectors(own), photos.labels, quantile)
     return Thresholds(clipped, probability, distance)
 
 
-def measure(images: Sequence[Named], judge: ClassJudge | None) -> Iterator[Traits]:
-    """Traits of images, in their order; no more than one image is held at full size.
+def measure(images: Sequence[Named], classifier: ReferenceClassifier | None) -> Iterator[ImageStatistics]:
+    """Statistics of images, in their order; no more than one image is held at full size.
 
     Raises:
         BadImages: a file cannot be read as an image.
     """
     for start in range(0, len(images), BATCH):
-        yield from _measure_batch(images[start : start + BATCH], judge)
+        yield from _measure_batch(images[start : start + BATCH], classifier)
 
 
-def _measure_batch(images: Sequence[Named], judge: ClassJudge | None) -> Iterator[Traits]:
+def _measure_batch(
+    images: Sequence[Named], classifier: ReferenceClassifier | None
+) -> Iterator[ImageStatistics]:
     found, inputs = [], []
     for path, _ in images:
         picture = open_picture(path)
         found.append((_contrast(picture), _clipped(picture), vector(picture)))
-        if judge:
-            inputs.append(judge.prepare(picture))
+        if classifier:
+            inputs.append(classifier.prepare(picture))
     names = [name for _, name in images]
-    probabilities = judge.of_class(inputs, names).tolist() if judge else [None] * len(images)
+    probabilities = classifier.of_class(inputs, names).tolist() if classifier else [None] * len(images)
     for one, probability in zip(found, probabilities, strict=True):
-        yield Traits(*one, probability)
+        yield ImageStatistics(*one, probability)
 
 
 def open_picture(path: Path) -> Image.Image:
@@ -263,7 +276,7 @@ class Filters:
         filters: names of those that are on.
         quantile: share of the photos that each threshold would reject.
         thresholds: what was taken from the photos.
-        judge: the classifier, or None.
+        classifier: the classifier, or None.
         photos: vectors of the photos, int16 [P, 768].
         tests: vectors of the test photos, int16 [T, 768].
     """
@@ -273,19 +286,19 @@ class Filters:
         filters: Sequence[str],
         quantile: float,
         thresholds: Thresholds,
-        judge: ClassJudge | None,
+        classifier: ReferenceClassifier | None,
         photos: np.ndarray,
         tests: np.ndarray,
     ) -> None:
         self.filters = tuple(filters)
         self.quantile = quantile
         self.thresholds = thresholds
-        self._classifier = judge
+        self._classifier = classifier
         self._photos, self._tests = photos, tests
         self._seen: dict[tuple[object, ...], tuple[str | None, np.ndarray]] = {}
 
-    def judge(self, images: Sequence[Named]) -> list[str | None]:
-        """The filter that rejects each image, or None.
+    def reasons(self, images: Sequence[Named]) -> list[str | None]:
+        """The name of the filter that rejects each image, or None.
 
         Of two near-duplicates the earlier in the list stays. An image is measured when it is first seen, and
         again when its file has changed.
@@ -298,14 +311,14 @@ class Filters:
         """
         if not self.filters:
             return [None] * len(images)
-        seen = self._look(images)
-        verdicts = [fault for fault, _ in seen]
+        seen = self._measured(images)
+        results = [fault for fault, _ in seen]
         if DUPLICATE in self.filters:
             for name in dict.fromkeys(name for _, name in images):
-                fit = [i for i, one in enumerate(images) if one[1] == name and verdicts[i] is None]
-                for position in self._repeated(fit, seen):
-                    verdicts[position] = DUPLICATE
-        return verdicts
+                fit = [i for i, one in enumerate(images) if one[1] == name and results[i] is None]
+                for position in self._near_duplicates(fit, seen):
+                    results[position] = DUPLICATE
+        return results
 
     def near_photos(self, images: Sequence[Named]) -> int | None:
         """Number of images that are near-duplicates of one of the site's own photos.
@@ -315,7 +328,7 @@ class Filters:
         """
         if self.thresholds.distance is None:
             return None
-        vectors = [one for _, one in self._look(images)]
+        vectors = [one for _, one in self._measured(images)]
         return int(near_any(np.stack(vectors), self._photos, self.thresholds.distance).sum()) if images else 0
 
     def describe(self) -> dict[str, Any]:
@@ -334,30 +347,30 @@ class Filters:
         thresholds = {name: told[name] for name in self.filters}
         return {"quantile": self.quantile, "photos": len(self._photos), "thresholds": thresholds}
 
-    def _repeated(
+    def _near_duplicates(
         self, positions: Sequence[int], seen: Sequence[tuple[str | None, np.ndarray]]
     ) -> Iterator[int]:
         if positions and self.thresholds.distance is not None:
-            found = repeats(np.stack([seen[i][1] for i in positions]), self.thresholds.distance)
+            found = find_near_duplicates(np.stack([seen[i][1] for i in positions]), self.thresholds.distance)
             yield from (position for position, one in zip(positions, found, strict=True) if one)
 
-    def _look(self, images: Sequence[Named]) -> list[tuple[str | None, np.ndarray]]:
+    def _measured(self, images: Sequence[Named]) -> list[tuple[str | None, np.ndarray]]:
         """What is wrong with each image by itself, and its vector."""
         keys = [(*_identity(path), name) for path, name in images]
         new = [i for i, key in enumerate(keys) if key not in self._seen]
-        traits = list(measure([images[i] for i in new], self._classifier))
-        leaks = near_any(_vectors(traits), self._tests, self.thresholds.distance or 0.0)
-        for i, one, leak in zip(new, traits, leaks, strict=True):
+        statistics = list(measure([images[i] for i in new], self._classifier))
+        leaks = near_any(_vectors(statistics), self._tests, self.thresholds.distance or 0.0)
+        for i, one, leak in zip(new, statistics, leaks, strict=True):
             self._seen[keys[i]] = (self._fault(one, bool(leak)), one.vector)
         return [self._seen[key] for key in keys]
 
-    def _fault(self, traits: Traits, leak: bool) -> str | None:
+    def _fault(self, statistics: ImageStatistics, leak: bool) -> str | None:
         limits = self.thresholds
         faults = {
-            BLANK: traits.contrast < _ONE_COLOUR,
-            SATURATED: limits.clipped is not None and traits.clipped > limits.clipped,
+            BLANK: statistics.contrast < _ONE_COLOUR,
+            SATURATED: limits.clipped is not None and statistics.clipped > limits.clipped,
             LEAK: leak,
-            CLASS: limits.probability is not None and (traits.probability or 0.0) < limits.probability,
+            CLASS: limits.probability is not None and (statistics.probability or 0.0) < limits.probability,
         }
         return next((name for name in self.filters if faults.get(name)), None)
 

@@ -49,7 +49,9 @@ def moved_distance(image: Image.Image) -> float:
     return float(np.sqrt(_squares(first[None], second[None])[0, 0]) / _LENGTH)
 
 
-def reach(moved: Sequence[float], vectors: np.ndarray, labels: np.ndarray, quantile: float) -> float:
+def duplicate_threshold(
+    moved: Sequence[float], vectors: np.ndarray, labels: np.ndarray, quantile: float
+) -> float:
     """Distance up to which two pictures of a site count as near-duplicates.
 
     The quantile of the photos' own `moved_distance`, or of the distances from a photo to the nearest other
@@ -73,8 +75,8 @@ def _nearest_others(vectors: np.ndarray) -> list[float]:
     return [float(one) for one in np.sqrt(nearest[np.isfinite(nearest)]) / _LENGTH]
 
 
-def repeats(vectors: np.ndarray, limit: float) -> np.ndarray:
-    """Which pictures repeat an earlier one that is itself no repeat, bool [N].
+def find_near_duplicates(vectors: np.ndarray, limit: float) -> np.ndarray:
+    """Mark the pictures that are near-duplicates of an earlier one that is not marked, bool [N].
 
     Args:
         vectors: int16 [N, 768], in the order that decides which of two is the earlier.
@@ -93,7 +95,7 @@ def repeats(vectors: np.ndarray, limit: float) -> np.ndarray:
 
 
 def near_any(vectors: np.ndarray, others: np.ndarray, limit: float) -> np.ndarray:
-    """Which pictures are near-duplicates of one of the others, bool [N].
+    """Mark the pictures that are near-duplicates of one of the others, bool [N].
 
     Args:
         vectors: int16 [N, 768].

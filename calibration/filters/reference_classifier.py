@@ -1,9 +1,9 @@
-"""Who says whether an image shows the class that it should: a student's folder, or a local CLIP folder.
+"""The reference classifier, which tells if an image shows its class: a student or a local CLIP model.
 
 CLIP (Radford et al. 2021, arXiv 2103.00020) is asked zero-shot, "a photo of a {words}." for each class; of
 several words for a class it takes the mean embedding. It has never seen the site's photos; a student may have
 been trained on them, and is then surer of them than of any other image. Images that a student was trained on,
-synthetic ones too, it judges too well. This module knows no threshold.
+synthetic ones too, it rates too well. This module knows no threshold.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BATCH = 64
 
 
 @dataclass(frozen=True)
-class ClassJudge:
+class ReferenceClassifier:
     """A classifier as the filters use it.
 
     Attributes:
@@ -48,7 +48,7 @@ class ClassJudge:
         """Probability of one named class per image, float64 [N], for at most `BATCH` images.
 
         The classifier always sees a whole batch, filled up with the last image: in batches of another size
-        the same image gets other last digits, and a verdict may hang on them.
+        the same image gets other last digits, and a result may hang on them.
 
         Args:
             inputs: what `prepare` made of each image.
@@ -59,7 +59,7 @@ class ClassJudge:
         return self.probabilities(whole)[np.arange(len(inputs)), columns]
 
 
-def open_judge(folder: Path, words: Words) -> ClassJudge:
+def open_classifier(folder: Path, words: Words) -> ReferenceClassifier:
     """Load a classifier that knows every class of a set.
 
     Args:
@@ -72,16 +72,17 @@ def open_judge(folder: Path, words: Words) -> ClassJudge:
     """
     config = _config(folder)
     try:
-        judge = _clip_judge(folder, words) if config.get("model_type") == "clip" else _student_judge(folder)
+        is_clip = config.get("model_type") == "clip"
+        classifier = _clip_classifier(folder, words) if is_clip else _student_classifier(folder)
     except ModuleNotFoundError as error:
         raise MissingExtra(error.name or "torch", "train") from None
-    unknown = [name for name in words if name not in judge.classes]
+    unknown = [name for name in words if name not in classifier.classes]
     if unknown:
         raise ModelError(
             f"the classifier {folder} does not know the class {', '.join(map(repr, unknown))}, only "
-            f"{', '.join(judge.classes)}; give a student of these classes, or a CLIP folder"
+            f"{', '.join(classifier.classes)}; give a student of these classes, or a CLIP folder"
         )
-    return judge
+    return classifier
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -95,7 +96,7 @@ def _config(folder: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _student_judge(folder: Path) -> ClassJudge:
+def _student_classifier(folder: Path) -> ReferenceClassifier:
     from synthkit.learning.students import load_student
 
     student = load_student(folder)
@@ -103,12 +104,12 @@ def _student_judge(folder: Path) -> ClassJudge:
     def probabilities(inputs: np.ndarray) -> np.ndarray:
         return np.asarray(student.logits(inputs, BATCH).double().softmax(1).numpy())
 
-    return ClassJudge(
+    return ReferenceClassifier(
         f"student {student.architecture}", student.classes, student.preprocessing, probabilities
     )
 
 
-def _clip_judge(folder: Path, words: Words) -> ClassJudge:
+def _clip_classifier(folder: Path, words: Words) -> ReferenceClassifier:
     import torch
 
     model, tokenizer, processor = _clip_parts(folder)
@@ -130,7 +131,7 @@ def _clip_judge(folder: Path, words: Words) -> ClassJudge:
         seen = normalize(model.get_image_features(torch.from_numpy(inputs)), dim=1)
         return np.asarray((model.logit_scale.exp() * seen @ text.T).double().softmax(1).numpy())
 
-    return ClassJudge("CLIP, zero-shot", tuple(words), prepare, probabilities)
+    return ReferenceClassifier("CLIP, zero-shot", tuple(words), prepare, probabilities)
 
 
 def _clip_parts(folder: Path) -> tuple[Any, Any, Any]:

@@ -279,7 +279,9 @@ def _generate_rounds(
         seconds += generate(missing) if missing else 0.0
         written += len(missing)
         skipped += len(todo) - len(missing)
-        reasons = filters.judge([(work / image.file_name, image.name) for image in images]) if filters else []
+        reasons = (
+            filters.reasons([(work / image.file_name, image.name) for image in images]) if filters else []
+        )
         bad = [(image, reason) for image, reason in zip(images, reasons, strict=False) if reason]
         if not bad:
             return written, skipped, seconds

@@ -268,10 +268,10 @@ def test_half_precision_scales_the_loss_and_skips_what_overflows(
 
 
 def held_out_losses(monkeypatch: pytest.MonkeyPatch, values: Sequence[float]) -> None:
-    """Let the looks at held-out photos give these losses."""
+    """Let the evaluations of held-out photos give these losses."""
     answers = iter(values)
     monkeypatch.setattr(
-        inversion, "_look", lambda prompts, latents, held, state, _: state.record(next(answers))
+        inversion, "_evaluate", lambda prompts, latents, held, state, _: state.record(next(answers))
     )
 
 
@@ -284,7 +284,7 @@ def test_the_best_vectors_are_kept_and_the_fit_stops_early(
     short = fitted(load_parts(tiny_model), tmp_path / "short", words=words, steps=4, early_stop=2)
     held_out_losses(monkeypatch, [5, 4, 3, 3.5, 3.2, 1])
     long = fitted(load_parts(tiny_model), tmp_path, words=words, steps=20, early_stop=2)
-    assert long.held_out == {0: 5, 2: 4, 4: 3, 6: 3.5, 8: 3.2}, "two looks without a lower loss end it"
+    assert long.held_out == {0: 5, 2: 4, 4: 3, 6: 3.5, 8: 3.2}, "two evaluations without a lower loss end it"
     assert len(long.losses) == 8 and np.array_equal(long.token.vectors, short.token.vectors)
 
 
@@ -294,21 +294,21 @@ def test_held_out_photos_are_never_learned_from_and_meet_the_same_noise(
     parts, words = load_parts(tiny_model), ("one", "one", "two", "two")
     latents = encode_images(parts.vae, IMAGES)
     learned, held = set(), set()
-    looks: list[tuple[torch.Tensor, ...]] = []
+    evaluations: list[tuple[torch.Tensor, ...]] = []
 
     def watch(parts: Any, batch: torch.Tensor, text: torch.Tensor, generator: Any) -> torch.Tensor:
         numbers = {next(i for i, one in enumerate(latents) if torch.equal(one, row)) for row in batch}
         (learned if torch.is_grad_enabled() else held).update(numbers)
         if not torch.is_grad_enabled():
-            looks.append((batch, generator.get_state()))
+            evaluations.append((batch, generator.get_state()))
         return noise_prediction_loss(parts, batch, text, generator)
 
     monkeypatch.setattr(inversion, "noise_prediction_loss", watch)
     fit = fitted(parts, tmp_path, words=words, steps=4, early_stop=9, batch_size=64)
     assert learned | held == {0, 1, 2, 3} and not learned & held and len(held) == 2
-    assert len(fit.held_out) == 3 and len(looks) == 6
-    assert all(torch.equal(*pair) for pair in zip(looks[0], looks[2], strict=True))
-    assert not torch.equal(looks[0][1], looks[1][1]), "the second batch meets other noise"
+    assert len(fit.held_out) == 3 and len(evaluations) == 6
+    assert all(torch.equal(*pair) for pair in zip(evaluations[0], evaluations[2], strict=True))
+    assert not torch.equal(evaluations[0][1], evaluations[1][1]), "the second batch meets other noise"
 
 
 def test_nothing_can_be_held_out_of_single_photos(parts: DiffusionParts, tmp_path: Path) -> None:
@@ -326,7 +326,7 @@ def test_the_preview_is_shown_before_the_first_step_and_on_time(
     shown, _ = run(load_parts(tiny_model), tmp_path / "shown", watch)
     assert [step for step, _ in seen] == [0, 4] and seen[0][1].shape == (2, 77, WIDTH)
     assert not torch.equal(seen[0][1], seen[1][1]) and not seen[0][1].requires_grad
-    assert np.array_equal(shown.vectors, plain.vectors), "looking changes nothing"
+    assert np.array_equal(shown.vectors, plain.vectors), "evaluation changes nothing"
 
 
 def test_the_control_is_as_long_as_a_word_and_owes_nothing_to_the_photos(

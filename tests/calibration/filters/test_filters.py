@@ -1,4 +1,4 @@
-"""Filters: each catches a planted image and leaves the good ones; verdicts hang on the list alone."""
+"""Filters: each catches a planted image and leaves the good ones; results hang on the list alone."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def settings(filters: str, student: Path | None = None, **further: Any) -> Filte
 def rejected(filters: Filters, root: Path) -> dict[str, str]:
     """File -> reason of what the filters reject of a set."""
     images = in_order(root)
-    found = zip(images, filters.judge(images), strict=True)
+    found = zip(images, filters.reasons(images), strict=True)
     return {f"{name}/{path.stem}": reason for (path, name), reason in found if reason}
 
 
@@ -90,7 +90,7 @@ def plant_one_of_each(synthetic: Path, held_out: ImageSet) -> None:
     Image.open(leaked).resize((40, 40), Image.Resampling.BICUBIC).save(synthetic / "blue" / "00001.png")
 
 
-def test_a_repeat_is_one_within_its_class_and_of_an_image_that_stays(
+def test_a_duplicate_is_one_within_its_class_and_of_an_image_that_stays(
     photos: ImageSet, held_out: ImageSet, synthetic: Path
 ) -> None:
     shutil.copy(synthetic / "blue" / "00000.png", synthetic / "red" / "00004.png")
@@ -115,23 +115,23 @@ def test_copies_of_the_photos_are_counted_and_stay(photos: ImageSet, synthetic: 
 def test_verdicts_do_not_depend_on_rounds_or_batches(
     photos: ImageSet, held_out: ImageSet, student: Path, tmp_path: Path
 ) -> None:
-    """The judging of a growing set, in parts and after an interruption, ends as that of the whole set."""
+    """Filtering a growing set, in parts and after an interruption, ends as that of the whole set."""
     root = class_folders(tmp_path / "many", 30, seed=200)
     plant_one_of_each(root, held_out)
     images = in_order(root)
     everything = settings("blank,saturated,class,duplicate,leak", student, filter_quantile=0.5)
-    whole = fit_filters(everything, photos, held_out, WORDS).judge(images)
+    whole = fit_filters(everything, photos, held_out, WORDS).reasons(images)
     assert len(images) > BATCH and whole.count("class") > 5
     growing = fit_filters(everything, photos, held_out, WORDS)
     for end in (1, 7, 65, len(images)):
-        growing.judge(images[:end])
-    assert growing.judge(images) == whole
+        growing.reasons(images[:end])
+    assert growing.reasons(images) == whole
     backwards = fit_filters(everything, photos, held_out, WORDS)
-    backwards.judge(images[::-1])
-    assert backwards.judge(images) == whole
+    backwards.reasons(images[::-1])
+    assert backwards.reasons(images) == whole
 
 
-def test_an_image_is_measured_once_and_again_when_it_is_drawn_anew(
+def test_an_image_is_measured_once_and_again_when_it_is_replaced(
     photos: ImageSet, synthetic: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[Path] = []
@@ -139,22 +139,22 @@ def test_an_image_is_measured_once_and_again_when_it_is_drawn_anew(
     monkeypatch.setattr(filters_module, "open_picture", lambda path: opened.append(path) or read(path))
     filters = fit_filters(settings("blank,duplicate"), photos, None, WORDS)
     opened.clear()
-    filters.judge(in_order(synthetic))
-    filters.judge(in_order(synthetic))
+    filters.reasons(in_order(synthetic))
+    filters.reasons(in_order(synthetic))
     assert len(opened) == 15
-    redrawn = synthetic / "red" / "00001.png"
-    save_as(redrawn, picture("red", 7))
+    replaced = synthetic / "red" / "00001.png"
+    save_as(replaced, picture("red", 7))
     assert rejected(filters, synthetic) == {}
-    before = redrawn.stat()
+    before = replaced.stat()
     save_as(synthetic / "new", Image.new("RGB", (32, 32), "navy"))
     os.utime(synthetic / "new", ns=(before.st_atime_ns, before.st_mtime_ns))
-    (synthetic / "new").replace(redrawn)  # as large and as old as the one before
-    assert redrawn.stat().st_size == before.st_size
+    (synthetic / "new").replace(replaced)  # as large and as old as the one before
+    assert replaced.stat().st_size == before.st_size
     assert rejected(filters, synthetic) == {"red/00001": "blank"}
-    save_as(redrawn, picture("red", 8))  # into the same file
-    os.utime(redrawn, ns=(before.st_atime_ns, before.st_mtime_ns + 1000))
+    save_as(replaced, picture("red", 8))  # into the same file
+    os.utime(replaced, ns=(before.st_atime_ns, before.st_mtime_ns + 1000))
     assert rejected(filters, synthetic) == {}
-    assert opened[15:] == [redrawn] * 3
+    assert opened[15:] == [replaced] * 3
 
 
 def save_as(path: Path, image: Image.Image) -> None:
@@ -197,7 +197,7 @@ def test_the_class_threshold_is_a_quantile_of_the_photos_scores(photos: ImageSet
         assert fitted.thresholds.probability == pytest.approx(np.quantile(scores, quantile), abs=1e-6)
 
 
-def test_a_student_that_learned_the_photos_is_judged_by_what_it_was_before(
+def test_a_student_that_learned_the_photos_rates_by_what_it_was_before(
     photos: ImageSet, student: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     trained = tmp_path / "trained"
@@ -217,7 +217,7 @@ def test_a_student_that_learned_the_photos_is_judged_by_what_it_was_before(
 
 def test_nothing_is_rejected_and_nothing_read_with_no_filter(tmp_path: Path) -> None:
     filters = fit_filters(FilterSettings(), None, None, WORDS)
-    assert filters.judge([(tmp_path / "absent.png", "red")]) == [None]
+    assert filters.reasons([(tmp_path / "absent.png", "red")]) == [None]
     assert filter_inputs(FilterSettings(), None, None) == {}
     assert filters.describe()["thresholds"] == {}
 
@@ -281,7 +281,7 @@ def test_filters_that_lack_what_they_need(photos: ImageSet, tmp_path: Path) -> N
         fit_filters(settings("class", tmp_path / "nowhere"), photos, None, WORDS)
 
 
-def test_classifiers_that_cannot_judge(photos: ImageSet, tmp_path: Path) -> None:
+def test_classifiers_that_cannot_be_used(photos: ImageSet, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match=r"empty is no classifier: it has no readable config.json"):
         fit_filters(settings("class", tmp_path / "empty"), photos, None, WORDS)
@@ -302,8 +302,8 @@ def test_photos_of_other_classes_and_images_that_cannot_be_read(
         fit_filters(settings("class", folder), photos, None, {"red": "red", "green": "green"})
     filters = fit_filters(settings("blank"), None, None, WORDS)
     with pytest.raises(BadImages, match=r"gone.png"):
-        filters.judge([(synthetic / "red" / "gone.png", "red")])
+        filters.reasons([(synthetic / "red" / "gone.png", "red")])
     torn = synthetic / "red" / "00000.png"
     torn.write_bytes(torn.read_bytes()[:60])
     with pytest.raises(BadImages, match=r"00000.png"):
-        filters.judge(in_order(synthetic))
+        filters.reasons(in_order(synthetic))

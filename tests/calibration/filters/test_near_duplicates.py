@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from synthkit.calibration.filters.near_duplicates import moved_distance, near_any, reach, repeats, vector
+from synthkit.calibration.filters.near_duplicates import (
+    duplicate_threshold,
+    find_near_duplicates,
+    moved_distance,
+    near_any,
+    vector,
+)
 
 
 def scene(seed: int, side: int = 32) -> Image.Image:
@@ -29,7 +35,7 @@ def vectors(*images: Image.Image) -> np.ndarray:
 
 def fitted(images: list[Image.Image], labels: list[int] | None = None, quantile: float = 0.05) -> float:
     moved = [moved_distance(image) for image in images]
-    return reach(moved, vectors(*images), np.array(labels or range(len(images))), quantile)
+    return duplicate_threshold(moved, vectors(*images), np.array(labels or range(len(images))), quantile)
 
 
 @pytest.mark.parametrize(
@@ -43,33 +49,33 @@ def fitted(images: list[Image.Image], labels: list[int] | None = None, quantile:
     ],
     ids=["jpeg", "resized", "darker", "weaker", "turned"],
 )
-def test_an_altered_copy_repeats_and_another_picture_does_not(alter) -> None:
+def test_an_altered_copy_is_a_near_duplicate_and_another_picture_does_not(alter) -> None:
     pictures = [scene(seed) for seed in range(12)]
     limit = fitted(pictures)
-    assert not repeats(vectors(*pictures), limit).any()
+    assert not find_near_duplicates(vectors(*pictures), limit).any()
     with_copy = vectors(*pictures, alter(pictures[3]))
-    assert repeats(with_copy, limit).tolist() == [False] * 12 + [True]
+    assert find_near_duplicates(with_copy, limit).tolist() == [False] * 12 + [True]
 
 
-def test_the_earlier_stays_and_a_repeat_makes_no_repeats() -> None:
+def test_the_earlier_stays_and_a_near_duplicate_marks_no_others() -> None:
     base = np.zeros(768, np.int16)
     line = np.stack([base, base, base])
     line[1, 0], line[2, 0] = 100, 200  # a chain: the ends are too far apart to be near
     limit = 150 / 2048
-    assert repeats(line, limit).tolist() == [False, True, False]
-    assert repeats(line[::-1], limit).tolist() == [False, True, False]
-    assert repeats(line[[1, 0, 2]], limit).tolist() == [False, True, True]
+    assert find_near_duplicates(line, limit).tolist() == [False, True, False]
+    assert find_near_duplicates(line[::-1], limit).tolist() == [False, True, False]
+    assert find_near_duplicates(line[[1, 0, 2]], limit).tolist() == [False, True, True]
 
 
 def test_verdicts_do_not_change_where_blocks_end() -> None:
-    """1,100 pictures lie in three blocks; each verdict is what a plain loop over all pairs finds."""
+    """1,100 pictures lie in three blocks; each result is what a plain loop over all pairs finds."""
     rng = np.random.default_rng(0)
     many = rng.integers(-100, 100, (1100, 768)).astype(np.int16)
     many[600] = many[3]  # in another block
     many[1050] = many[1030]  # in the same
     many[1051] = many[1050]  # of a repeat
     many[20] = many[10] + 1
-    found = np.flatnonzero(repeats(many, 30 / 2048))
+    found = np.flatnonzero(find_near_duplicates(many, 30 / 2048))
     assert found.tolist() == [20, 600, 1050, 1051]
 
 
@@ -94,12 +100,12 @@ def test_photos_that_are_closer_than_moved_ones_set_the_limit() -> None:
 def test_flat_pictures_are_not_told_apart_by_their_noise() -> None:
     rng = np.random.default_rng(0)
     grey = [Image.fromarray(rng.integers(127, 129, (32, 32, 3), dtype=np.uint8)) for _ in range(2)]
-    assert repeats(vectors(*grey), 0.3).tolist() == [False, True]
-    assert not repeats(vectors(grey[0], scene(0)), 0.3).any()
+    assert find_near_duplicates(vectors(*grey), 0.3).tolist() == [False, True]
+    assert not find_near_duplicates(vectors(grey[0], scene(0)), 0.3).any()
 
 
 def test_squares_are_exact_for_the_longest_vectors() -> None:
-    """A verdict at the very limit hangs on it: float32 sums of such products are integers below 2^24."""
+    """A result at the very limit hangs on it: float32 sums of such products are integers below 2^24."""
     longest = vectors(*(scene(seed) for seed in range(600)))
     exact = longest[:1].astype(np.int64) - longest.astype(np.int64)
     squares = (exact * exact).sum(1)

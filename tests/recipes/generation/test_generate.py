@@ -172,10 +172,10 @@ class _Refusing:
     """Stands for fitted filters: refuses images by their content."""
 
     def __init__(self) -> None:
-        self.judged: list[int] = []
+        self.looked_at: list[int] = []
 
-    def judge(self, images: Sequence[tuple[Path, str]]) -> list[str | None]:
-        self.judged.append(len(images))
+    def reasons(self, images: Sequence[tuple[Path, str]]) -> list[str | None]:
+        self.looked_at.append(len(images))
         return [
             "class" if hashlib.sha256(path.read_bytes()).digest()[0] < 110 else None for path, _ in images
         ]
