@@ -102,3 +102,20 @@ def test_what_cannot_be_asked_for_is_refused() -> None:
     with pytest.raises(DataError, match=f"at least {FEWEST} photos that can be held out, there are"):
         fit_confidence(logits, labels, Target(coverage=0.9))
     assert fit_confidence(logits, labels, Target()).temperature == 1.0
+
+
+def test_a_share_is_taken_as_it_was_written() -> None:
+    best = np.arange(100)[::-1] / 100
+    assert 0.55 * 100 > 55, "as floats this is 55.00000000000001"
+    for percent in range(1, 101):
+        assert np.sum(best >= threshold_for_coverage(best, percent / 100)) == percent
+
+
+def test_the_photo_that_set_a_limit_stays_within_it_when_its_score_is_rounded() -> None:
+    """`predict` gives six digits: half of all unrounded limits would lie above the photo that set them."""
+    for seed in range(20):
+        logits, labels = honest(40, seed)
+        found = fit_confidence(logits, labels, Target(coverage=0.5, alpha=0.2))
+        scores = softmax(logits / found.temperature).round(6)
+        assert np.sum(scores.max(axis=1) >= found.threshold) == 20
+        assert np.sum(scores[np.arange(40), labels] < found.conformal_threshold) == 7

@@ -346,7 +346,9 @@ def test_a_sealed_file_that_cannot_be_read_is_named(
         {"features_fp32": np.full((2, 4), np.nan, np.float16)},
     ],
 )
-def test_a_sealed_replay_buffer_of_another_bundle_is_named(bundle: Path, spoilt: dict[str, np.ndarray]) -> None:
+def test_a_sealed_replay_buffer_of_another_bundle_is_named(
+    bundle: Path, spoilt: dict[str, np.ndarray]
+) -> None:
     whole = {"labels": np.array([0, 1]), "sha256": np.array(["a", "b"])}
     whole["features_fp32"] = np.ones((2, 4), np.float16)
     np.savez(bundle / "replay_buffer.npz", **whole)
