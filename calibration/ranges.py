@@ -2,9 +2,9 @@
 
     images ─► values of every tensor, a sample kept ─► min-max | percentile | entropy ─► (low, high)
 
-Where to cut decides between clipping the few large values and rounding the many small ones; no method wins on
-every student, so whoever quantises tries them all on images held out. This module knows no model file: it is
-given a function that computes the tensors.
+A range trades clipping of the few large values against rounding of the many small ones. No method wins on
+every student, so the search for an int8 config tries them all on held-out images. This module knows no model
+file; it is given a function that computes the tensors.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _BINS, _LEVELS = 256, 128  # of the entropy method's histogram, and of the 8-bit
 
 @dataclass(frozen=True)
 class Observed:
-    """What was seen of one tensor.
+    """Statistics of one tensor over all images.
 
     Attributes:
         low: smallest value, or 0 where that is larger: 8-bit ranges contain 0.
@@ -41,7 +41,7 @@ class Observed:
 def observe(
     compute: Callable[[np.ndarray], Mapping[str, np.ndarray]], images: np.ndarray
 ) -> dict[str, Observed]:
-    """Look at every tensor on every image.
+    """Collect statistics of every tensor over the images.
 
     Args:
         compute: tensor name -> values [n, ...] of a few images.
@@ -76,12 +76,12 @@ def _merged(seen: list[Observed]) -> Observed:
 
 
 def min_max(seen: Observed) -> tuple[float, float]:
-    """All values that were seen."""
+    """Range of all values."""
     return seen.low, seen.high
 
 
 def percentile(share: float) -> Callable[[Observed], tuple[float, float]]:
-    """A method that keeps a share of the values, for example 0.999, and clips as many at either end."""
+    """Make a method that keeps a fraction of the values, for example 0.999, and clips evenly at both ends."""
 
     def cut(seen: Observed) -> tuple[float, float]:
         low, high = np.quantile(seen.sample, [(1 - share) / 2, (1 + share) / 2])
@@ -91,9 +91,9 @@ def percentile(share: float) -> Callable[[Observed], tuple[float, float]]:
 
 
 def entropy(seen: Observed) -> tuple[float, float]:
-    """The cut whose 8-bit histogram tells least apart from the full one (Migacz, GTC 2017).
+    """Range whose 8-bit histogram has the least KL divergence from the full one (Migacz, GTC 2017).
 
-    ONNX Runtime's search, which leaves nothing to cut at its default of as many bins as levels.
+    Uses ONNX Runtime's search with more bins than levels; at its default, as many, nothing is ever clipped.
     """
     from onnxruntime.quantization.calibrate import HistogramCollector
 

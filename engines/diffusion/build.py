@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 def choose_backend(wanted: str) -> tuple[str, str]:
-    """The backend to build for, and the reason.
+    """Choose the backend to build for; return it with the reason.
 
     Args:
         wanted: "auto", "tensorrt" or "onnxruntime".
@@ -62,7 +62,7 @@ def _machine_problem() -> str:
 
 
 def tensorrt_machine() -> Machine:
-    """The machine that plans are built for: this one.
+    """This machine, for which plans are built.
 
     Raises:
         EngineError: TensorRT or torch's CUDA does not work here.
@@ -123,14 +123,14 @@ def build_onnx(
 
 @dataclass(frozen=True)
 class PlanBuild:
-    """How the plans of a folder are built.
+    """Settings for the plans of a folder.
 
     Attributes:
-        machine: what they are for.
+        machine: the plans' target.
         batch: in images.
-        options: what the user chose.
+        options: the user's choices.
         cache_dir: holds the timing cache; None: the user's own cache folder.
-        low_memory: whether each network is built in a process of its own.
+        low_memory: build each network in a process of its own.
     """
 
     machine: Machine

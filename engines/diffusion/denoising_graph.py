@@ -60,7 +60,7 @@ def split_unet(path: Path, guided: bool) -> SplitUnet:
 
     Args:
         path: the ONNX file; weights in external files stay there, but for those that are rewritten.
-        guided: whether the text inputs hold twice as many images as the sample.
+        guided: the text inputs hold twice as many images as the sample.
 
     Raises:
         EngineError: the file is broken.

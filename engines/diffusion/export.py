@@ -196,7 +196,7 @@ def _export_errors() -> Iterator[None]:
 
 
 def _tidy_configs(out: Path) -> None:
-    """Without the absolute path of the model, which would make equal engines differ."""
+    """Remove the absolute path of the model, which would make equal engines differ."""
     for path in (out / INDEX, *out.glob("*/config.json")):
         config = json.loads(path.read_text(encoding="utf-8"))
         config.pop("_name_or_path", None)
@@ -204,7 +204,7 @@ def _tidy_configs(out: Path) -> None:
 
 
 def _state_size(out: Path, geometry: Geometry) -> None:
-    """Where Optimum and this project look for the side of the images."""
+    """Write the image side where Optimum and `read_geometry` read it."""
     sides = {"unet": geometry.latent, "vae_decoder": geometry.image, "vae_encoder": geometry.image}
     for component, side in sides.items():
         path = out / component / "config.json"
@@ -214,7 +214,7 @@ def _state_size(out: Path, geometry: Geometry) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep back what the libraries say about their own insides while they load and trace."""
+    """Silence the libraries' warnings about their own internals while they load and trace."""
     loggers = [logging.getLogger(name) for name in ("diffusers", "transformers", "optimum")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings(), _no_bars():

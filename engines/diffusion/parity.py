@@ -30,12 +30,12 @@ _BATCH = 2  # another than `TRACED_BATCH`, so that a batch frozen into the graph
 
 @dataclass(frozen=True)
 class ComponentParity:
-    """How near an engine comes to its source.
+    """Comparison of an engine with its source.
 
     Attributes:
         component: the network's name.
         max_abs_error: largest absolute difference of an output.
-        tolerance: what was allowed.
+        tolerance: largest difference allowed.
         seconds: time of the comparison.
     """
 
@@ -154,7 +154,7 @@ def _loop_output(path: Path, feeds: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def _reference(spec: EngineSpec, model_dir: Path, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What diffusers and transformers compute in fp32; one network in memory at a time."""
+    """Outputs of diffusers and transformers in fp32; one network in memory at a time."""
     import torch
 
     inputs = {name: torch.from_numpy(value) for name, value in feeds.items()}

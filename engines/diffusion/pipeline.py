@@ -79,7 +79,7 @@ class EnginePipeline:
     Attributes:
         folder: the engines folder.
         geometry: the pipeline's sizes.
-        provider: what computes.
+        provider: of all networks.
         workers: parts of a batch that are sampled at the same time.
     """
 

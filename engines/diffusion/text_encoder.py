@@ -1,4 +1,7 @@
-"""Prompts to embeddings: tokenizers, text encoders, the style token. An encoder is loaded for one call."""
+"""Prompts to embeddings: tokenizers, text encoders, style tokens. An encoder is loaded for one call.
+
+A style token becomes rows of the embedding table in the text encoder's ONNX graph; nothing is rebuilt.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ _PASSING = {"Reshape", "Cast", "Identity", "Unsqueeze", "Squeeze", "Flatten"}  #
 
 @dataclass(frozen=True)
 class TextEmbeddings:
-    """What a UNet is told of some prompts.
+    """Embeddings of some prompts, as a UNet takes them.
 
     Attributes:
         hidden: float32 [prompts, tokens, width].
@@ -53,14 +56,14 @@ def embed(
     styles: Sequence[StyleToken] = (),
     provider: str = "cpu",
 ) -> TextEmbeddings:
-    """Text embeddings of prompts.
+    """Compute text embeddings of prompts.
 
     Args:
         folder: the engines folder.
         geometry: the pipeline's sizes.
         prompts: texts; the styles' tokens may stand in them.
         styles: tokens to add to the vocabulary.
-        provider: what computes.
+        provider: of the text encoders.
 
     Raises:
         EngineError: a tokenizer or a text encoder cannot be used.
@@ -99,7 +102,7 @@ def text_key(
 
 
 def read_embeddings(path: Path, key: str) -> tuple[TextEmbeddings, TextEmbeddings] | None:
-    """What `write_embeddings` kept; None unless it has this key."""
+    """Read embeddings that `write_embeddings` wrote; None unless they have this key."""
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as kept:
             if str(kept["key"]) != key:
@@ -124,7 +127,7 @@ def write_embeddings(path: Path, key: str, prompts: TextEmbeddings, none: TextEm
 
 
 def unconditional(folder: Path, geometry: Geometry, provider: str = "cpu") -> TextEmbeddings:
-    """The embedding of no prompt, one row: of the empty text, or zeros where the pipeline says so."""
+    """Embedding of no prompt, one row: of the empty text, or zeros where the pipeline says so."""
     if _read_index(folder).get("force_zeros_for_empty_prompt"):
         hidden = np.zeros((1, geometry.max_tokens, geometry.width), np.float32)
         return TextEmbeddings(hidden, np.zeros((1, geometry.pooled), np.float32))
@@ -135,7 +138,7 @@ def _check_style(style: StyleToken, geometry: Geometry) -> None:
     if len(geometry.texts) > 1:
         raise ModelError(
             f"the style token {style.token!r} is for one text encoder, this generator (SDXL) has two; "
-            "draw without --style, or build engines of the token's base model"
+            "generate without --style, or build engines of the token's base model"
         )
     style.check_width(geometry.width)
 
@@ -175,7 +178,7 @@ def _answers(encoder: OrtSession, text: TextSpec, token_ids: np.ndarray) -> dict
 
 
 def _spelled_out(prompt: str, styles: Sequence[StyleToken]) -> str:
-    """A prompt with one word per vector in the place of each token."""
+    """Replace each style token in a prompt by one word per vector."""
     words = {style.token: " ".join(style.words) for style in styles}
     if not words:
         return prompt
@@ -247,7 +250,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
 
 
 def with_rows(model_path: Path, rows: Mapping[int, np.ndarray]) -> bytes:
-    """Content of the ONNX model with rows of its token-embedding table set; the table grows as needed.
+    """Set rows of an ONNX text encoder's token-embedding table, which grows as needed; return the model.
 
     Weights that lie in external files stay there, but for the table itself.
 
@@ -281,7 +284,7 @@ def _grown(values: np.ndarray, rows: Mapping[int, np.ndarray]) -> np.ndarray:
 
 
 def _table(graph: Any, model_path: Path) -> Any:
-    """The initializer that `input_ids` look up, followed through the nodes that only reshape them."""
+    """Initializer that `input_ids` look up, possibly through nodes that only reshape them."""
     initializers = {tensor.name: tensor for tensor in graph.initializer}
     ids = {"input_ids"}
     for node in graph.node:  # in topological order, as ONNX demands

@@ -1,1 +1,1 @@
-"""What every engine stands on: sessions, specs of components and tensors, graph checks."""
+"""The base of every engine: sessions, specs of components and tensors, graph checks."""

@@ -1,4 +1,4 @@
-"""What a pipeline's engines look like, read from its config files alone: no torch, no runtime, no weights.
+"""Specs of a pipeline's engines, read from its config files alone: no torch, no runtime, no weights.
 
 text_encoder    input_ids                               -> last_hidden_state
 unet            sample, timestep, encoder_hidden_states -> out_sample
@@ -35,8 +35,8 @@ class EngineSpec:
     Attributes:
         component: the network's name, which is its folder's.
         path: the ONNX file, relative to the engines folder.
-        inputs: what it takes.
-        outputs: what of its results the pipeline uses.
+        inputs: its inputs.
+        outputs: those of its outputs that the pipeline uses.
     """
 
     component: str
@@ -47,11 +47,11 @@ class EngineSpec:
 
 @dataclass(frozen=True)
 class TextSpec:
-    """What a pipeline takes from one text encoder.
+    """One text encoder of a pipeline, and its outputs that the UNet takes.
 
     Attributes:
         component: "text_encoder" or "text_encoder_2".
-        hidden: the output that becomes the UNet's text.
+        hidden: name of the output that the UNet takes.
         width: of that output.
         vocabulary: rows of the embedding table.
         pooled: width of the output "text_embeds"; 0 where it is not used.

@@ -1,4 +1,4 @@
-"""What an exported graph must be before it counts: of one size, well typed, of the precision asked for."""
+"""Checks of an exported graph: fixed sizes, valid types, the opset and precision asked for."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def finish_graph(path: Path, spec: EngineSpec) -> None:
 
 
 def check_graph(path: Path, precision: str, opset: int) -> None:
-    """Refuse a graph that a strict runtime would refuse, or that is not what its name says.
+    """Refuse a graph that a strict runtime would refuse, or of another opset or precision.
 
     Args:
         path: the ONNX file.

@@ -1,4 +1,4 @@
-"""Running a model file: one small protocol, and ONNX Runtime behind it.
+"""Running a model file: one small protocol, implemented by ONNX Runtime here.
 
 A provider that was asked for and did not load is an error, never a silent fall-back to the CPU.
 """
@@ -33,9 +33,9 @@ class Session(Protocol):
     """A model that is loaded and can run.
 
     Attributes:
-        inputs: what `run` takes.
-        outputs: what `run` returns.
-        provider: what computes: "cpu", "cuda" or "tensorrt".
+        inputs: specs of `run`'s inputs.
+        outputs: specs of `run`'s outputs.
+        provider: "cpu", "cuda" or "tensorrt".
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -54,7 +54,7 @@ class Session(Protocol):
         ...
 
     def close(self) -> None:
-        """Give the model's memory back; the session cannot run after that."""
+        """Free the model's memory; the session cannot run after that."""
         ...
 
 
@@ -63,11 +63,11 @@ class OrtSession:
 
     Args:
         session: the loaded `onnxruntime.InferenceSession`.
-        provider: what computes.
-        label: what errors call the model.
+        provider: that it runs on.
+        label: name of the model in error messages.
 
     Attributes:
-        device: where `bind` takes its tensors, as torch names it: "cpu" or "cuda".
+        device: of the tensors that `bind` takes, as torch names it: "cpu" or "cuda".
         metadata: key -> text of the file's own metadata.
     """
 
@@ -130,7 +130,7 @@ class OrtSession:
         return dict(counts)
 
     def close(self) -> None:
-        """Give the model's memory back."""
+        """Free the model's memory."""
         self._session = None
 
     def _opened(self) -> Any:
@@ -148,7 +148,7 @@ class OrtSession:
 
 @dataclass(frozen=True)
 class _Described:
-    """Of a torch tensor what `TensorSpec.check` looks at in an array."""
+    """Shape and dtype of a torch tensor, as `TensorSpec.check` reads them from an array."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -163,7 +163,7 @@ def _dtype_name(tensor: Any) -> str:
 
 
 def _placed(name: str, tensor: Any, device: str) -> dict[str, Any]:
-    """A tensor in the words of ONNX Runtime's I/O binding."""
+    """Arguments of ONNX Runtime's I/O binding for a tensor."""
     if tensor.device.type != device or not tensor.is_contiguous():
         raise EngineError(f"{name!r} must be a contiguous tensor on {device}, got one on {tensor.device}")
     return {
@@ -187,7 +187,7 @@ def open_session(
     Args:
         model: the file, or its content.
         provider: "cpu", "cuda", "tensorrt", or "auto": CUDA where it truly loads, otherwise the CPU.
-        data_folder: where the weights lie that the content names as external data.
+        data_folder: folder of the external weights that the content names.
         threads: threads of one operator on the CPU; None: `OMP_NUM_THREADS`, or what ONNX Runtime chooses.
         exact_int8: compute a Q/DQ graph step by step, as it is written. The integer kernels that take its
             place otherwise overflow on processors without VNNI when they meet weights of 8 bits.
@@ -205,7 +205,7 @@ def open_session(
 
 
 def settled_provider(model: Path, provider: str) -> str:
-    """What "auto" stands for on this machine; any other provider is as it was asked for.
+    """Resolve the provider "auto" on this machine; any other is returned as it is.
 
     Args:
         model: a file to try it with.
@@ -252,10 +252,10 @@ def _open(
 
 
 def existing_engine(path: Path) -> Path:
-    """The file, when there is one.
+    """Return the file if it exists.
 
     Raises:
-        EngineError: there is none.
+        EngineError: it does not.
     """
     if not path.is_file():
         raise EngineError(f"no engine {path}; make it with `synthkit build-engines`")

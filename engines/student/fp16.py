@@ -2,8 +2,8 @@
 
 ONNX Runtime's converter does the work. What stays in fp32: the normalisation, the first three convolutions,
 the head, and what overflows or loses most in 16 bits (Softmax, LayerNormalization and the parts that older
-opsets spell it with). Of a MobileNetV2, with large weights of both signs in its first depthwise convolution,
-nearly the whole error of the logits came from these convolutions; they hold one weight in a thousand.
+opsets spell it with). An error of the first convolutions passes through all layers behind them, and they hold
+few weights.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _FIRST_LAYERS = 3  # a MobileNet's first convolution, first depthwise one and wh
 
 
 def to_half(model: onnx.ModelProto, head: Mapping[str, str] | None) -> onnx.ModelProto:
-    """The model with fp16 weights and arithmetic; inputs, logits and head keep their types.
+    """Convert a model to fp16 weights and arithmetic; inputs, logits and head keep their types.
 
     Args:
         model: in fp32.

@@ -2,9 +2,9 @@
 
 The file gets its name only after its numbers were compared with the student's.
 
-Torch's TorchScript exporter comes first: within a second it writes opset 17, the newest that TensorRT 8.6
-(JetPack 6.0) reads, where the dynamo exporter takes 7 to 40 seconds on two cores, starts at opset 18 and
-fails to convert classifiers down. Dynamo is the fall-back for students that TorchScript cannot export; the
+Torch's TorchScript exporter comes first: it is fast and writes opset 17, the newest that TensorRT 8.6
+(JetPack 6.0) reads. The dynamo exporter is much slower, starts at opset 18 and fails to convert classifiers
+down. Dynamo is the fall-back for students that TorchScript cannot export; the
 bundle says which one was used.
 """
 
@@ -36,9 +36,9 @@ log = logging.getLogger(__name__)
 OPSET = 17
 _DYNAMO_OPSET = 18
 
-# Both sides compute in fp32 and sum in another order: up to 3e-6 of the largest logit in fifteen kinds of
-# timm student with random BatchNorm statistics. A wrong or missing weight shows at 1e-2 and more. An error
-# within it changes the top-1 only of an image whose two best logits are as near as that.
+# Both sides compute in fp32 and sum in another order, which stays far below this. A wrong or missing weight
+# shows at 1e-2 and more. An error within the tolerance changes the top-1 only of an image whose two best
+# logits are as near as that.
 TOLERANCE = 1e-4
 """Largest error of a logit, as a part of the largest absolute logit of the torch student."""
 
@@ -67,7 +67,7 @@ class Uint8Student(torch.nn.Module):
 
 
 def torch_logits(student: Uint8Student, images: np.ndarray) -> np.ndarray:
-    """What the torch student gives for uint8 [N, height, width, 3]."""
+    """Logits of the torch student for uint8 [N, height, width, 3]."""
 
     def run(batch: np.ndarray) -> np.ndarray:
         with torch.no_grad():

@@ -31,7 +31,7 @@ REBUILD = "rebuild it with `synthkit build-engines --backend tensorrt --force`"
 
 @dataclass(frozen=True)
 class Machine:
-    """What a plan is bound to.
+    """GPU, TensorRT and platform that a plan is bound to.
 
     Attributes:
         gpu: the GPU's name; tactics are timed on it.
@@ -49,12 +49,12 @@ class Machine:
 
     @property
     def label(self) -> str:
-        """How file names call it."""
+        """Its name in file names."""
         return f"{re.sub(r'[^a-z0-9]+', '-', self.gpu.lower()).strip('-')}_{self.tensorrt}"
 
 
 def this_machine(tensorrt_version: str) -> Machine:
-    """The machine that this process runs on.
+    """Describe the machine that this process runs on.
 
     Raises:
         EngineError: torch is absent or sees no GPU; the sessions hold their buffers in it.
@@ -101,7 +101,7 @@ def plan_key(network: str, plan: BuildPlan, machine: Machine) -> dict[str, Any]:
     Args:
         network: `network_digest` of the ONNX file, which holds weights, opset and precision.
         plan: batch range, size, flags, level and limits.
-        machine: where it is built.
+        machine: that builds it.
     """
     key = {"schema": SCHEMA, "network": network, "plan": asdict(plan), "machine": asdict(machine)}
     plain: dict[str, Any] = json.loads(json.dumps(key))  # tuples become lists, as a sidecar has them
@@ -109,7 +109,7 @@ def plan_key(network: str, plan: BuildPlan, machine: Machine) -> dict[str, Any]:
 
 
 def plan_path(folder: Path, key: Mapping[str, Any]) -> Path:
-    """Where the plan of a key lies in its network's folder."""
+    """Path of a key's plan in its network's folder."""
     return folder / f"{Machine(**key['machine']).label}_{digest(key)[:12]}.plan"
 
 
@@ -120,7 +120,7 @@ def write_plan(folder: Path, key: Mapping[str, Any], content: bytes, facts: Mapp
         folder: the network's folder.
         key: of `plan_key`.
         content: the serialised engine.
-        facts: what the build measured.
+        facts: measurements of the build.
     """
     path = plan_path(folder, key)
     write_bytes(path, content)
@@ -135,7 +135,7 @@ def sidecar_path(plan: Path) -> Path:
 
 
 def read_sidecar(plan: Path) -> dict[str, Any]:
-    """What is known of a plan.
+    """Read the sidecar of a plan.
 
     Raises:
         EngineError: the sidecar is missing or broken.
@@ -151,7 +151,7 @@ def read_sidecar(plan: Path) -> dict[str, Any]:
 
 
 def read_plan(plan: Path) -> bytes:
-    """Content of a plan, after a look at every byte.
+    """Read a plan and verify its SHA-256.
 
     Raises:
         EngineError: the file is missing, or not as it was written.
@@ -188,7 +188,7 @@ def fitting_plan(folder: Path, machine: Machine) -> Path:
 
 
 def misfit(key: Mapping[str, Any], network: str, machine: Machine) -> str:
-    """What of a plan's key does not fit; empty where everything does.
+    """Compare a plan's key with this machine; return what does not fit, empty if all does.
 
     Args:
         key: from the sidecar.

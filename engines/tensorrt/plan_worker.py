@@ -37,10 +37,10 @@ TOLERANCE = {
 
 @dataclass(frozen=True)
 class PlanJob:
-    """What a worker is given.
+    """A network to build.
 
     Attributes:
-        plan: what to build.
+        plan: settings of the build.
         folder: holds `model.onnx`, and gets the plan and its sidecar.
         timings: the timing cache.
         machine: that the plan is for.

@@ -1,8 +1,8 @@
 """Check that an engine computes in the precision that was asked for.
 
-An fp16 engine that is fp32 inside works, is merely twice as large and slow, and nothing says so. Two things
-tell: what TensorRT's engine inspector says of the layers, and the size of the plan against the number of
-weights. This module knows no TensorRT.
+An fp16 engine that is fp32 inside works, is merely twice as large and slow, and nothing says so. The evidence
+is what TensorRT's engine inspector says of the layers, or the size of the plan per weight. This module knows
+no TensorRT.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ def main_precision(weights: Counter[str]) -> str:
 
 
 def check_precision(plan: BuildPlan, information: str, size: int, weights: int) -> str:
-    """How it is known that an engine has its plan's precision.
+    """Check that an engine has its plan's precision, and say by which evidence.
 
     Args:
-        plan: what was asked for.
+        plan: with the precision asked for.
         information: JSON of the engine inspector, of an engine built with detailed profiling verbosity.
         size: bytes of the serialised engine.
         weights: floating-point weights of the graph.

@@ -61,12 +61,12 @@ class TensorRtSession:
     Args:
         rt: the TensorRT that made the engine.
         engine: the ICudaEngine.
-        label: what errors call it.
+        label: its name in error messages.
         rows_per_image: rows of the batch that one image takes: 2 in a UNet, with guidance; for error texts.
 
     Attributes:
-        inputs: what `run` takes.
-        outputs: what `run` returns.
+        inputs: specs of `run`'s inputs.
+        outputs: specs of `run`'s outputs.
         provider: "tensorrt".
         device: "cuda".
 
@@ -143,7 +143,7 @@ class TensorRtSession:
         return compute
 
     def close(self) -> None:
-        """Give the engine's memory back."""
+        """Free the engine's memory."""
         self._lanes.clear()
         self._engine = None
 
@@ -286,14 +286,14 @@ class TensorRtSession:
 def deserialize(
     rt: TensorRt, content: bytes, label: str, rows_per_image: int = 1, allow_host_code: bool = False
 ) -> TensorRtSession:
-    """A session on an engine's bytes.
+    """Load a serialised engine.
 
     Args:
         rt: the installed TensorRT.
         content: the serialised engine.
-        label: what errors call it.
+        label: its name in error messages.
         rows_per_image: see `TensorRtSession`.
-        allow_host_code: whether code in the plan may run, which version compatible plans hold.
+        allow_host_code: let code in the plan run; version compatible plans hold some.
 
     Raises:
         EngineError: TensorRT does not start or does not take the engine.
@@ -308,12 +308,12 @@ def deserialize(
 
 
 def has_plans(engines_dir: Path) -> bool:
-    """Whether an engines folder holds a TensorRT plan of its UNet, for this machine or another."""
+    """True if an engines folder holds a TensorRT plan of its UNet, for this machine or another."""
     return bool(find_plans(engines_dir / "unet"))
 
 
 def open_plan(engines_dir: Path, component: str) -> TensorRtSession:
-    """The session of a network's plan.
+    """Open the plan of a network.
 
     Args:
         engines_dir: the engines folder.

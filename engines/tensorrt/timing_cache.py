@@ -1,4 +1,4 @@
-"""What TensorRT has timed on this machine, kept between builds, so that the next one is much faster.
+"""TensorRT's timing cache: kernel timings kept between builds, so that the next one is much faster.
 
 One file per GPU and TensorRT version, since TensorRT refuses the timings of another. Two builds may share it:
 it is read and written under a lock, and written atomically. A cache that cannot be used costs time and

@@ -92,7 +92,7 @@ class LayerDrift:
 
 @dataclass(frozen=True)
 class Int8Report:
-    """How an int8 model was chosen.
+    """The search for an int8 model: its choice, losses and drift.
 
     Attributes:
         config: the chosen one.
@@ -125,7 +125,7 @@ class Int8Report:
 
 @dataclass(frozen=True)
 class Int8Model:
-    """The chosen model and how it was chosen."""
+    """The chosen model and the report of its search."""
 
     model: onnx.ModelProto
     report: Int8Report

@@ -82,7 +82,7 @@ def make_precisions(
         fp32: facts of that model.
         golden_inputs: uint8 [N, height, width, 3].
         images: photos and synthetic images, uint8 [N, height, width, 3]; they give int8 its ranges.
-        settings: which precisions, and how.
+        settings: precisions, and the settings of int8.
         int8_target: "cpu" or "tensorrt".
 
     Raises:

@@ -43,7 +43,7 @@ def load_parts(model_dir: Path, device: str = "cpu") -> DiffusionParts:
 
     Args:
         model_dir: the folder.
-        device: where the networks compute, in torch's words.
+        device: of the networks, as torch names it.
 
     Raises:
         ModelError: a part is missing or is of another architecture, as SDXL's are.

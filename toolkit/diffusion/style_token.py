@@ -1,4 +1,4 @@
-"""Style tokens: learned words for the looks of one site's photos.
+"""Style tokens: learned words for the appearance of one site's photos.
 
 Written as diffusers' `learned_embeds.safetensors`, one key per token, with the share of photos behind each in
 the metadata; files of A1111 and kohya are read and written too. Knows the width of a token, not the model
@@ -18,7 +18,7 @@ import numpy as np
 from synthkit.artifacts import write_bytes
 from synthkit.errors import MissingExtra, ModelError
 
-#: The sentence of arXiv 2403.19866, for learning and drawing; `{token}` stands for all words of the token.
+#: The sentence of arXiv 2403.19866, for learning and generating; `{token}` stands for all words of the token.
 PROMPT = "A {words} photo in the style of {token}"
 
 _FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 1280: "SDXL (768 + 1280)"}
@@ -169,7 +169,7 @@ def load_all(path: Path) -> tuple[StyleToken, ...]:
 
 
 def shares(path: Path) -> tuple[float, ...]:
-    """Fraction of the photos behind each token of a file, in the order of `load_all`; their sum is 1.
+    """Read the fraction of photos behind each token of a file, in the order of `load_all`; their sum is 1.
 
     Equal shares where the file records none.
 
