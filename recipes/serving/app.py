@@ -1,9 +1,9 @@
 """A small HTTP service for one bundle: POST an image, get its class.
 
     POST /predict?top=N   an image as the body, or as the one file of a multipart form -> JSON
-    GET  /healthz         which bundle answers; "problem" tells why a newer one does not
+    GET  /healthz         the bundle in use; "problem" tells why a newer one is not
     GET  /metrics         Prometheus text
-    GET  /                a page where one drops a photo or uses the camera
+    GET  /                a page to drop a photo on or to use the camera with
 
 A request is admitted or refused before its body is read, so memory is bounded by `Limits`. Decoding and
 inference run in worker threads; the event loop only moves bytes. uvicorn sets no deadline for a request's
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from synthkit.errors import ConfigError
 from synthkit.recipes.serving.live_bundle import Current, LiveBundle
 from synthkit.recipes.serving.metrics import Asgi, Metrics
-from synthkit.recipes.serving.request import Limits, Refusal, classify, image_bytes, wanted_labels
+from synthkit.recipes.serving.request import Limits, Refusal, classify, image_bytes, number_of_labels
 
 if TYPE_CHECKING:
     import uvicorn
@@ -48,7 +48,7 @@ _PAGE_HEADERS = {
 }
 _CONNECTIONS = 512
 _HEAD_BYTES = 16 * 2**10  # of a request's head while it is incomplete
-_GOODBYE_SECONDS = 30  # for requests in work when the service ends
+_SHUTDOWN_SECONDS = 30  # for requests in work when the service ends
 _REFRESH_SECONDS = 1.0
 
 
@@ -57,9 +57,9 @@ class Service:
 
     Args:
         live: the bundle.
-        limits: what one client may cost.
-        token: what a client must show as `Authorization: Bearer TOKEN`; None asks for nothing. The page and
-            /healthz are open to all: they show neither an answer nor what the service has seen.
+        limits: bounds on the work that clients can cause.
+        token: clients must send it as `Authorization: Bearer TOKEN`; None asks for nothing. The page and
+            /healthz are open to all: they show no answers and no images.
     """
 
     def __init__(self, live: LiveBundle, limits: Limits, token: str | None = None) -> None:
@@ -105,14 +105,14 @@ class Service:
     async def predict(self, request: Request) -> Response:
         """Classify the image of a request."""
         self._check_token(request)
-        top = wanted_labels(request)
+        top = number_of_labels(request)
         with self._admission():
             data = await image_bytes(request, self.limits)
             current = self.live.current
-            found = await asyncio.get_running_loop().run_in_executor(
+            answer = await asyncio.get_running_loop().run_in_executor(
                 self._pool, classify, current, data, top, self.limits.pixels
             )
-        return _json({**found, **_identity(current)})
+        return _json(answer.to_json())
 
     @contextlib.contextmanager
     def _admission(self) -> Iterator[None]:
@@ -128,7 +128,7 @@ class Service:
             self.metrics.waiting.set(self._admitted)
 
     async def health(self, request: Request) -> Response:
-        """Which bundle answers, and why a newer one does not."""
+        """The bundle in use, and why a newer one is not."""
         current, problem = self.live.current, self.live.problem
         facts = {"digest": current.digest, "classes": len(current.bundle.labels)}
         asks = {"token": self.token is not None, "problem": problem or None}
@@ -142,7 +142,7 @@ class Service:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def page(self, request: Request) -> Response:
-        """The page for people."""
+        """The page for the browser."""
         from starlette.responses import HTMLResponse
 
         text = await asyncio.to_thread(PAGE.read_text, encoding="utf-8")
@@ -216,7 +216,8 @@ def listen(host: str, port: int, guarded: bool) -> socket.socket:
 
 def make_server(service: Service) -> uvicorn.Server:
     """The HTTP server of a service, not yet running."""
-    import python_multipart  # noqa: F401  # Starlette would miss it at the first form only
+    # Starlette would miss python_multipart at the first form only.
+    import python_multipart  # noqa: F401
     import uvicorn
 
     config = uvicorn.Config(
@@ -229,7 +230,7 @@ def make_server(service: Service) -> uvicorn.Server:
         server_header=False,
         limit_concurrency=_CONNECTIONS,
         h11_max_incomplete_event_size=_HEAD_BYTES,
-        timeout_graceful_shutdown=_GOODBYE_SECONDS,
+        timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
     )
     return uvicorn.Server(config)
 
@@ -241,7 +242,8 @@ def run(server: uvicorn.Server, listening: socket.socket) -> None:
         server: what answers.
         listening: where requests arrive.
     """
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # uvicorn raises it again at its end
+    # uvicorn raises the signal again at its end.
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[listening])
     signal.signal(signal.SIGTERM, previous)

@@ -1,4 +1,4 @@
-"""What the service counts, as Prometheus reads it."""
+"""Counters of the service, in the format of Prometheus."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Metrics:
     """Counters of one service, apart from those of any other in the same process.
 
     Args:
-        live: the bundle; its version and digest are told at each look.
+        live: the bundle; its version and digest are read at each request for the metrics.
 
     Attributes:
         waiting: a gauge, requests for answers in work and in the queue.
@@ -50,7 +50,7 @@ class Metrics:
         ProcessCollector(registry=registry)
 
     def text(self) -> str:
-        """Everything, in Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         from prometheus_client import generate_latest
 
         current = self._live.current
@@ -60,10 +60,10 @@ class Metrics:
         return generate_latest(self._registry).decode()
 
     def counting(self, app: Asgi, paths: Collection[str]) -> Asgi:
-        """An ASGI application that counts what another one answers.
+        """An ASGI application that counts the answers of another one.
 
         Args:
-            app: the one that answers.
+            app: the application.
             paths: the routes; any other path is counted as "other", or clients could grow the table.
         """
 
@@ -89,11 +89,11 @@ class Metrics:
             self._seconds.observe(time.perf_counter() - started)
 
     def answered(self) -> dict[str, int]:
-        """Status -> how many requests were answered with it."""
-        found: dict[str, int] = {}
+        """Status -> number of requests that were answered with it."""
+        answered: dict[str, int] = {}
         for family in self._requests.collect():
             for sample in family.samples:
                 if sample.name.endswith("_total"):
                     status = sample.labels["status"]
-                    found[status] = found.get(status, 0) + int(sample.value)
-        return found
+                    answered[status] = answered.get(status, 0) + int(sample.value)
+        return answered

@@ -1,9 +1,9 @@
-"""What a request to the service holds: an image, read and decoded within bounds, or a refusal with reason."""
+"""Requests to the service: an image is read within bounds and classified, or refused with a reason."""
 
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,20 +16,20 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-"""What is decoded. Others that Pillow reads start programs (EPS) or hide an image in an image (ICO)."""
+"""Formats that are decoded. Others that Pillow reads start programs (EPS) or hold further images (ICO)."""
 
-_MOST_FIELDS = 8
+_MAX_FIELDS = 8
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one client may cost.
+    """Bounds on the work that clients can cause.
 
     Attributes:
         body_bytes: largest request body.
         pixels: largest image, width times height.
-        waiting: requests for answers that may be there at once, in work and in the queue.
-        jobs: images decoded and classified at once.
+        waiting: most requests in work and in the queue.
+        jobs: images that are decoded and classified at the same time.
         seconds: how long a client may take to send a request's body.
     """
 
@@ -45,7 +45,7 @@ class Refusal(Exception):
 
     Args:
         status: HTTP status.
-        reason: what is wrong, for the client.
+        reason: the cause, for the client.
         headers: further headers of the answer.
     """
 
@@ -54,8 +54,33 @@ class Refusal(Exception):
         self.status, self.reason, self.headers = status, reason, headers
 
 
-def wanted_labels(request: Request) -> int:
-    """How many labels a request asks for: `?top=N`, 3 when it does not say.
+@dataclass(frozen=True)
+class Answer:
+    """The class of one image, as `synthkit predict` gives it for the same file.
+
+    Attributes:
+        label: the class, or "unknown" below the bundle's threshold.
+        score: its probability.
+        top: (label, probability) of the most probable classes.
+        set: labels that are likely enough to be right; None where the bundle has no conformal threshold.
+        version: of the bundle.
+        precision: of the model.
+    """
+
+    label: str
+    score: float
+    top: list[list[Any]]
+    set: list[str] | None
+    version: int
+    precision: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for the response; without `set` where there is none."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def number_of_labels(request: Request) -> int:
+    """Number of labels that a request asks for by `?top=N`; 3 by default.
 
     Raises:
         Refusal: 400 for anything but a whole number from 1.
@@ -87,16 +112,16 @@ async def image_bytes(request: Request, limits: Limits) -> bytes:
     return body
 
 
-async def _body(request: Request, most: int) -> bytes:
+async def _body(request: Request, max_bytes: int) -> bytes:
     """The body; the server throws away what a refused client still sends."""
-    too_large = Refusal(413, f"the body is larger than {most} bytes; send a smaller image")
+    too_large = Refusal(413, f"the body is larger than {max_bytes} bytes; send a smaller image")
     stated = request.headers.get("content-length", "")
-    if stated.isdecimal() and int(stated) > most:
+    if stated.isdecimal() and int(stated) > max_bytes:
         raise too_large
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
-        if len(body) > most:
+        if len(body) > max_bytes:
             raise too_large
     return bytes(body)
 
@@ -111,7 +136,7 @@ async def _uploaded(request: Request, body: bytes) -> bytes:
 
     try:
         async with Request(request.scope, replay).form(
-            max_files=1, max_fields=_MOST_FIELDS, max_part_size=len(body)
+            max_files=1, max_fields=_MAX_FIELDS, max_part_size=len(body)
         ) as form:
             files = [value for value in form.values() if isinstance(value, UploadFile)]
             return await files[0].read() if files else b""
@@ -119,19 +144,19 @@ async def _uploaded(request: Request, body: bytes) -> bytes:
         raise Refusal(400, f"this multipart form cannot be read: {error.detail}") from None
 
 
-def classify(current: Current, data: bytes, top: int, most_pixels: int) -> dict[str, Any]:
-    """Label, score and top of one image, as `synthkit predict` gives them for the same file.
+def classify(current: Current, data: bytes, top: int, max_pixels: int) -> Answer:
+    """Classify one image.
 
     Args:
-        current: what classifies.
-        data: the image file's content.
-        top: how many labels.
-        most_pixels: largest image, width times height.
+        current: the bundle.
+        data: content of the image file.
+        top: number of labels.
+        max_pixels: largest image, width times height.
 
     Raises:
         Refusal: 413, 415 or 422: too many pixels, no image, or a broken one.
     """
-    _check_kind(data, most_pixels)
+    _check_head(data, max_pixels)
     try:
         image = standalone.open_image(io.BytesIO(data))
     except standalone.UnusableImage as error:
@@ -139,21 +164,28 @@ def classify(current: Current, data: bytes, top: int, most_pixels: int) -> dict[
     bundle = current.bundle
     logits = bundle.logits(bundle.preprocessing(image)[np.newaxis])
     ranked = standalone.prediction("", logits[0], bundle.labels, len(bundle.labels))
-    found = standalone.decided(ranked, current.confidence, top)
-    return {name: value for name, value in found.items() if name != "path"}
+    prediction = standalone.decided(ranked, current.confidence, top)
+    return Answer(
+        prediction["label"],
+        prediction["score"],
+        prediction["top"],
+        prediction.get("set"),
+        bundle.facts["version"],
+        bundle.precision,
+    )
 
 
-def _check_kind(data: bytes, most_pixels: int) -> None:
-    """Refuse by the file's head alone what is no image or too large to decode."""
+def _check_head(data: bytes, max_pixels: int) -> None:
+    """Refuse by the file's head alone a file that is no image or too large to decode."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
     # The warning is raised where warnings are errors.
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise Refusal(413, f"the image has more than {most_pixels} pixels; send a smaller one") from None
+        raise Refusal(413, f"the image has more than {max_pixels} pixels; send a smaller one") from None
     except Exception:  # decoders raise whatever a broken head provokes
         raise Refusal(415, f"not an image that this service reads ({', '.join(FORMATS)})") from None
-    if width * height > most_pixels:
+    if width * height > max_pixels:
         raise Refusal(
-            413, f"the image has {width}x{height} pixels, more than {most_pixels} in all; send a smaller one"
+            413, f"the image has {width}x{height} pixels, more than {max_pixels} in all; send a smaller one"
         )

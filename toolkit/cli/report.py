@@ -18,10 +18,10 @@ from synthkit.cli import options
     "-o", "--out", type=click.Path(path_type=Path), help="File to write.  [default: WORKSPACE/report.html]"
 )
 def command(workspace: Path, real_dir: Path | None, skip_bad: bool, out: Path | None) -> options.Output:
-    """Write everything that the workspace holds as one HTML page, images and all.
+    """Write one self-contained HTML page of everything in the workspace.
 
-    Nothing is computed anew: gap measures are there after `synthkit gap`, tables after `synthkit compare`,
-    images over the steps after `synthkit learn-style --preview-every 50`.
+    Nothing is computed: the page shows the gap after `synthkit gap`, tables after `synthkit compare`, and
+    images over the steps after `synthkit learn-style --set learn-style.preview_every=50`.
 
     \b
     Example: synthkit report --real-dir ./few_shots

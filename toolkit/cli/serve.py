@@ -1,4 +1,4 @@
-"""`synthkit serve`: a local HTTP service for a bundle."""
+"""`synthkit serve`."""
 
 from __future__ import annotations
 
@@ -16,22 +16,26 @@ log = logging.getLogger(__name__)
 
 @options.command("serve")
 @click.option("--bundle", type=click.Path(path_type=Path), help="Bundle  [default: WORKSPACE/bundle]")
-@click.option("--precision", help="Which of its models runs  [default: the bundle's]")
+@click.option("--precision", help="fp32, fp16 or int8  [default: the bundle's]")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: a free one.")
 @click.option(
-    "--token", envvar="SYNTHKIT_TOKEN", help="Clients must show it. The variable SYNTHKIT_TOKEN gives it too."
+    "--token", envvar="SYNTHKIT_TOKEN", help="Token that clients must send; SYNTHKIT_TOKEN gives it too."
 )
 @click.option("--no-token", is_flag=True, help="Let other machines in without a token.")
-@click.option("--jobs", type=click.IntRange(1, 64), default=2, show_default=True, help="Images at once.")
+@click.option("--jobs", type=click.IntRange(1, 64), default=2, show_default=True, help="Images at a time.")
 @click.option(
     "--queue", type=click.IntRange(min=1), default=32, show_default=True,
     help="Requests in work or waiting; one more gets 503.",
 )  # fmt: skip
-@click.option("--max-bytes", type=click.IntRange(min=1), default=10 * 2**20, show_default=True, help="Body.")
 @click.option(
-    "--max-pixels", type=click.IntRange(1, 89_000_000), default=25_000_000, show_default=True, help="Image."
-)
+    "--max-bytes", type=click.IntRange(min=1), default=10 * 2**20, show_default=True,
+    help="Largest request body.",
+)  # fmt: skip
+@click.option(
+    "--max-pixels", type=click.IntRange(1, 89_000_000), default=25_000_000, show_default=True,
+    help="Largest image, width times height.",
+)  # fmt: skip
 @click.option(
     "--timeout", type=click.FloatRange(min=0.1), default=20.0, show_default=True,
     help="Seconds that a client has to send an image.",
@@ -42,12 +46,14 @@ def command(
 ) -> options.Output:  # fmt: skip
     """Answer HTTP requests with a bundle until Ctrl+C; torch is not needed.
 
-    POST an image to /predict; open / in a browser; /healthz and /metrics are for machines. A new version of
-    the bundle in the same folder takes over by itself.
+    POST an image to /predict, or open / in a browser; /healthz and /metrics are for monitoring. A new version
+    of the bundle in the same folder takes over by itself. Where strangers can reach the service, put a proxy
+    with a deadline for request heads before it.
 
     \b
-    Example: synthkit serve --bundle ./bundle
-             curl --data-binary @photo.jpg http://127.0.0.1:8000/predict
+    Examples:
+      synthkit serve --bundle ./bundle
+      curl --data-binary @photo.jpg http://127.0.0.1:8000/predict
     """
     from synthkit.engines.bundle.versions import find_again
     from synthkit.recipes.serving.app import Service, listen, make_server, run
