@@ -8,7 +8,7 @@ EXTRAS := cpu,serve,train,dev
 READY := $(VENV)/.ready-$(shell cat pyproject.toml setup.py constraints.txt | cksum | cut -d ' ' -f 1)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint glyphs env clean
+.PHONY: help demo test quick lint docs glyphs env clean
 
 help:  ## show these targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -17,12 +17,18 @@ help:  ## show these targets
 demo: $(READY)  ## run the whole chain on embedded real data
 	$(BIN)/synthkit demo
 
-test: $(READY)  ## run the tests
+test: $(READY)  ## run all tests, over the cores
 	$(BIN)/python -m pytest
+
+quick: $(READY)  ## run the tests that are not marked slow
+	$(BIN)/python -m pytest -m "not slow"
 
 lint: $(READY)  ## run ruff, mypy and the tests that hold the layout together
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest tests/test_layers.py tests/test_repository.py
+
+docs: $(READY)  ## build the pages into site/
+	$(BIN)/python -m mkdocs build --strict
 
 glyphs: $(READY)  ## train the bundled generator glyphs-32 from nothing (long; goes on after an interruption)
 	$(BIN)/python -m synthkit.recipes.glyphs32 --out toolkit/models/glyphs-32

@@ -17,6 +17,13 @@ from tests.tiny_models import tiny_pipeline, write_token
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """No workers where only files or single tests are named; otherwise pytest-xdist counts the cores."""
+    named = [config.invocation_params.dir / name.partition("::")[0] for name in config.args]
+    return 0 if all(path.is_file() for path in named) else None
+
+
 @pytest.fixture(autouse=True)
 def _loggers_as_they_were() -> Iterator[None]:
     """A command sets how much is told (`--quiet`); the next test must not depend on it."""
