@@ -22,7 +22,7 @@ import pytest
 import synthkit
 from synthkit.cli import COMMANDS, main
 from synthkit.config import gather, read_toml
-from synthkit.errors import ConfigError
+from synthkit.errors import ConfigError, SynthkitError
 from synthkit.recipes.settings import SECTIONS
 from tests.project_files import ROOT, mapping, modules
 
@@ -123,6 +123,20 @@ def setting_problems(rest: list[str]) -> list[str]:
 @every_page
 def test_every_command_line_exists(page: Path) -> None:
     assert not [problem for call in calls(text_of(page)) for problem in call_problems(call)]
+
+
+@every_page
+def test_every_command_line_of_a_block_is_understood(page: Path) -> None:
+    """Choices, numbers and required options too; nothing is run."""
+    problems = []
+    for call in calls("\n".join(f"```\n{block}```\n" for block in blocks(text_of(page)))):
+        name = next((word for word in call if word in COMMANDS), None)
+        if name and "--help" not in call:
+            try:
+                command(name).make_context(name, call[call.index(name) + 1 :], obj=Path("work"))
+            except (click.UsageError, SynthkitError) as error:
+                problems.append(f"synthkit {' '.join(call)}: {error}")
+    assert not problems
 
 
 @every_page
