@@ -129,11 +129,13 @@ def test_every_command_line_exists(page: Path) -> None:
 def test_every_command_line_of_a_block_is_understood(page: Path) -> None:
     """Choices, numbers and required options too; nothing is run."""
     problems = []
-    for call in calls("\n".join(f"```\n{block}```\n" for block in blocks(text_of(page)))):
+    shown = [block for block in blocks(text_of(page)) if not block.startswith("Usage: synthkit [OPTIONS]")]
+    top = click.Context(main, obj=Path("work"), **main.context_settings)
+    for call in calls("\n".join(f"```\n{block}```\n" for block in shown)):
         name = next((word for word in call if word in COMMANDS), None)
         if name and "--help" not in call:
             try:
-                command(name).make_context(name, call[call.index(name) + 1 :], obj=Path("work"))
+                command(name).make_context(name, call[call.index(name) + 1 :], parent=top)
             except (click.UsageError, SynthkitError) as error:
                 problems.append(f"synthkit {' '.join(call)}: {error}")
     assert not problems
@@ -194,9 +196,18 @@ def test_python_examples_use_what_the_package_has(page: Path) -> None:
                 assert hasattr(resolved(ast.unparse(node.value)), node.attr), ast.unparse(node)
 
 
+@every_page
+def test_every_name_of_the_package_in_the_prose_exists(page: Path) -> None:
+    matches = [re.match(r"synthkit((?:\.\w+)+)(?:$|\()", span) for span in spans(text_of(page))]
+    for match in filter(None, matches):
+        assert resolved(f"synthkit{match[1]}") is not None
+
+
 def resolved(name: str) -> object:
     value: object = synthkit
     for part in name.split(".")[1:]:
+        if not hasattr(value, part):
+            importlib.import_module(f"{getattr(value, '__name__', '')}.{part}")
         value = getattr(value, part)
     return value
 
