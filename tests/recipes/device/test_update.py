@@ -153,7 +153,7 @@ def test_a_new_class_grows_the_bundle_and_the_old_ones_stay(folder: Path, tmp_pa
     assert bundle.facts["output"]["shape"] == ["batch", 4]
     assert found["old_classes_tested"] == {"photos": 30, "before": before, "after": share(folder, old)}
     for precision in ("fp32", "fp16", "int8"):
-        # Over eight seeds .9 to 1 in fp32 and fp16, and .3 to 1 in int8, whose ranges have not seen such a colour.
+        # Over eight seeds .9 to 1 in fp32 and fp16, .3 to 1 in int8, whose ranges know no such colour.
         assert share(folder, new, precision) > (0.1 if precision == "int8" else 0.6)
         assert share(folder, old, precision) > before - 0.05
     # and a second one from a single photo, which leaves nothing to hold out
