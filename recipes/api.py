@@ -424,6 +424,21 @@ def export(
         return ExportResult.of(run_stage(stage, force=force))
 
 
+def evaluate(bundle: PathLike, test_dir: PathLike, *, skip_bad: bool = False) -> Evaluation:
+    """Measure a bundle on test images.
+
+    Args:
+        bundle: the bundle's folder.
+        test_dir: one folder of test images per class of the bundle; classes may be absent.
+        skip_bad: leave unreadable files out instead of refusing the folder.
+
+    Raises:
+        BundleError: the bundle cannot be used.
+        DataError: a class is unknown, or an image was trained on.
+    """
+    return evaluate_bundle(Bundle.open(Path(bundle)), Path(test_dir), skip_bad)
+
+
 def compare(
     real_dir: PathLike,
     test_dir: PathLike,

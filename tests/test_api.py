@@ -15,7 +15,7 @@ import pytest
 import synthkit
 from tests.project_files import ROOT
 
-FUNCTIONS = ("adapt", "build_engines", "generate", "export", "compare")
+FUNCTIONS = ("adapt", "build_engines", "generate", "export", "evaluate", "compare")
 
 
 def test_every_public_name_is_there_and_is_what_type_checkers_see() -> None:
@@ -51,7 +51,7 @@ def test_every_argument_is_typed_and_documented(name: str) -> None:
     for parameter in signature.parameters.values():
         assert parameter.annotation is not inspect.Parameter.empty, parameter.name
         assert f"    {parameter.name}: " in arguments, parameter.name
-    assert signature.return_annotation.endswith(("Result", "Comparison")), signature.return_annotation
+    assert signature.return_annotation.endswith(("Result", "Comparison", "Evaluation"))
 
 
 def test_from_a_folder_to_a_prediction(tiny_model: Path, tmp_path: Path) -> None:
@@ -70,6 +70,10 @@ def test_from_a_folder_to_a_prediction(tiny_model: Path, tmp_path: Path) -> None
     result = synthkit.adapt(photos, test_dir=test, workspace=tmp_path / "w", **settings)  # type: ignore[arg-type]
     assert set(result.stages.values()) == {"done"} and len(result.stages) == 6
     assert result.evaluation and 0 <= result.evaluation.top1 <= 1
+    bundle = synthkit.Bundle.open(result.bundle)
+    assert bundle.predict([test / "red" / "0.png"])[0].label in ("blue", "green", "red")
+    assert bundle.verify().ok
+    assert synthkit.evaluate(result.bundle, test).top1 == result.evaluation.top1
     assert json.loads(json.dumps(result.to_json()))["strategy"] == result.strategy
     del settings["engines"]  # the workspace's
     again = synthkit.adapt(str(photos), workspace=str(tmp_path / "w"), **settings)  # type: ignore[arg-type]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from synthkit.recipes.api import adapt as adapt
     from synthkit.recipes.api import build_engines as build_engines
     from synthkit.recipes.api import compare as compare
+    from synthkit.recipes.api import evaluate as evaluate
     from synthkit.recipes.api import export as export
     from synthkit.recipes.api import generate as generate
     from synthkit.recipes.chain import ChainSettings as ChainSettings
@@ -44,7 +45,7 @@ for _name, _value in (
     os.environ.setdefault(_name, _value)
 
 _WHERE = {
-    **dict.fromkeys(("adapt", "build_engines", "compare", "export", "generate"), "synthkit.recipes.api"),
+    **dict.fromkeys(("adapt", "build_engines", "compare", "evaluate", "export", "generate"), "synthkit.recipes.api"),
     "Bundle": "synthkit.recipes.device.bundle",
     "ImageSet": "synthkit.data.images",
     "ChainSettings": "synthkit.recipes.chain",
