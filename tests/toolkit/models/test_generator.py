@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from synthkit.errors import ConfigError, ModelError
+from synthkit.models import generator
 from synthkit.models.generator import (
-    generator,
     known_prompt_names,
     model_fingerprint,
     prompt_names,
