@@ -29,7 +29,7 @@ from synthkit.errors import ConfigError
 from synthkit.learning.augmentation import DEFAULT, mix, random_views, smooth_targets
 from synthkit.learning.checkpoints import load_checkpoint, save_checkpoint, step_generator
 from synthkit.learning.curves import Curves
-from synthkit.learning.gradients import Gradients, first_process
+from synthkit.learning.gradients import Gradients
 from synthkit.learning.students import Student
 
 # Decoded sets below this many bytes stay in memory; larger ones are decoded batch by batch.
@@ -283,15 +283,15 @@ class _Run:
             return
         last = {key: value.clone() for key, value in self._model.state_dict().items()}
         self._model.load_state_dict(self._ema.module.state_dict())
-        yield
-        self._model.load_state_dict(last)
+        try:
+            yield
+        finally:
+            self._model.load_state_dict(last)
 
     def keep(self, steps: int) -> None:
         """Write checkpoint and curves, where they are wanted."""
         if not all(bool(torch.isfinite(one).all()) for one in self._model.parameters()):
             raise self._diverged(steps - 1, "the weights are not finite any more")
-        if not first_process():
-            return
         if self._curves_file:  # first: curves that are ahead of the checkpoint are cut, others have a gap
             self._curves.save(self._curves_file)
         if self._checkpoint:

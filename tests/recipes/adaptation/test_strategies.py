@@ -313,3 +313,36 @@ def test_copies_do_not_judge_themselves(photos: ImageSet, tmp_path: Path) -> Non
     copied = ImageSet.scan(tmp_path / "copied")
     metrics = adapt(SETTINGS, TRAINING, tmp_path / "student", copied, tmp_path / "adapted").manifest.metrics
     assert "of 9 held-out photos" in metrics["reason"]
+
+
+def test_the_tuned_defaults(photos: ImageSet) -> None:
+    """Values that were chosen by measurement; a change of one needs a new measurement."""
+    known, new = (replace(task(photos, known), settings=AdaptSettings()) for known in (True, False))
+    for here, steps in ((known, 60), (new, 120)):
+        for strategy in LAST:
+            settings = strategies.fit_settings(strategy, here)
+            assert (settings.steps, settings.lr, settings.weight_decay) == (steps, 0.001, 0.0)
+            assert (settings.smoothing, settings.frozen_statistics) == (0.1, True)
+    assert AdaptSettings() == AdaptSettings("auto", "auto", None, 0.001, 8, 0)
+    training = TrainSettings()
+    assert (training.student, training.epochs, training.real_steps) == ("resnet10t", 12, 100)
+    assert (training.lr, training.batch_size, training.mixup) == (0.002, 64, 0.2)
+    assert (training.method, training.real_weight, training.opt) == ("bridged++", 0.8, "adamw")
+    full = strategies.fit_settings(Strategy.FULL, replace(known, training=training))
+    assert (full.steps, full.lr, full.batch_size, full.weight_decay, full.smoothing) == (
+        100,
+        0.002,
+        32,
+        0.02,
+        0.1,
+    )
+
+
+def test_targets_of_cached_features_are_smoothed(photos: ImageSet) -> None:
+    here = task(photos)
+    trainable = prepare(Strategy.LAST_1, here)
+    settings = strategies.fit_settings(Strategy.LAST_1, here)
+    _, targets = trainable.data.batch(trainable.trained, np.arange(3), 0, settings)
+    expected = np.full((3, 3), 0.1 / 3)
+    expected[np.arange(3), trainable.labels[:3]] += 0.9
+    np.testing.assert_allclose(targets.numpy(), expected, rtol=1e-6)

@@ -59,3 +59,9 @@ def test_copies_are_drawn_once(tmp_path: Path) -> None:
     assert drawn.digest == images.subset(k_shot(images, 2, seed=3)).digest
     with pytest.raises(DataError, match=r"4 images per class .*a dog has 3"):
         k_shot(copied, 4, seed=0)
+
+
+def test_folds_of_small_classes_are_of_one_size() -> None:
+    """Each class continues with the fold after the one where the class before ended."""
+    folds = stratified_folds(np.repeat(np.arange(4), 3), 2, seed=0)
+    assert [len(validation) for _, validation in folds] == [6, 6]

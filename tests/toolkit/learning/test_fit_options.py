@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +12,6 @@ import pytest
 pytest.importorskip("timm")
 
 import torch
-from safetensors.torch import load_file
 
 from synthkit.data.images import ImageSet
 from synthkit.errors import ConfigError
@@ -236,75 +231,3 @@ def test_a_gpu_that_is_not_there_is_refused() -> None:
     assert best_device("auto").type == "cpu"
     with pytest.raises(ConfigError, match="torch finds no GPU"):
         best_device("cuda")
-
-
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As in a process that `accelerate launch --cpu` started."""
-    state = pytest.importorskip("accelerate.state")
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    yield
-    state.AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def test_accelerate_on_one_process_changes_nothing(
-    examples: Examples, launched: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[Callable[..., object]] = []
-    accelerate = pytest.importorskip("accelerate")
-    real = accelerate.Accelerator.prepare_model
-    monkeypatch.setattr(
-        accelerate.Accelerator, "prepare_model", lambda self, one: asked.append(one) or real(self, one)
-    )
-    under = fitted(examples, SETTINGS)
-    assert asked
-    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
-    assert equal(under, fitted(examples, SETTINGS))
-
-
-TWO_PROCESSES = """
-import sys
-from pathlib import Path
-import torch
-from synthkit.learning.gradients import Gradients, first_process, wait_for_all
-from safetensors.torch import save_file
-from tests.toolkit.learning.test_fit_options import batch
-from tests.tiny_students import lively_student
-
-student = lively_student()
-student.model.eval()
-made = Gradients(student.model, "cpu", False, 2)
-loss = made.add(*batch(8))
-if first_process():
-    grads = torch.cat([one.grad.flatten() for one in student.model.parameters()])
-    save_file({"loss": torch.tensor(loss), "grads": grads}, sys.argv[1])
-wait_for_all()
-torch.distributed.destroy_process_group()
-"""
-
-
-def test_two_processes_share_a_batch_s_gradients(tmp_path: Path) -> None:
-    pytest.importorskip("accelerate")
-    (tmp_path / "two.py").write_text(TWO_PROCESSES, encoding="utf-8")
-    root = Path(__file__).resolve().parents[3]
-    environment = {
-        **os.environ,
-        "ACCELERATE_USE_CPU": "true",
-        "PYTHONPATH": str(root),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "two.py"), str(tmp_path / "found.safetensors")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    found = load_file(tmp_path / "found.safetensors")
-    loss, grads = gradients(lively_student(), 1)
-    assert float(found["loss"]) == pytest.approx(loss, rel=1e-5)
-    assert torch.allclose(found["grads"], grads, atol=1e-5 * float(grads.abs().max()))
