@@ -507,8 +507,8 @@ def cross_validate(data: UpdateData) -> CrossValidation:
     before = head.logits(held_out.features).argmax(axis=1) == held_out.labels
     after = choice.logits.argmax(axis=1) == held_out.labels
     groups = fresh, fresh & (held_out.labels < data.known), choice.rows >= len(photos)
-    compared = (BeforeAfter.of(before[group], after[group]) for group in groups)
-    figures = HeldOut(*compared, folds=choice.folds, prior_weight=choice.prior_weight)
+    overall, old, replay = (BeforeAfter.of(before[group], after[group]) for group in groups)
+    figures = HeldOut(overall, old, replay, choice.folds, choice.prior_weight)
     return CrossValidation(choice, held_out.labels, fresh, figures)
 
 
