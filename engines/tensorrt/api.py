@@ -27,15 +27,18 @@ Value = TypeVar("Value")
 NO_DEVICE = "it finds no GPU and driver that it can use"
 """Meaning of a constructor that returns nothing; the CUDA error itself, if any, is in TensorRT's log."""
 
+_MORE_MEMORY = (
+    "lower --batch, build-engines.trt_workspace or the size, or build with --set build-engines.low_memory=true"
+)
 _ADVICE = {
     NO_DEVICE: "check the NVIDIA driver with `synthkit doctor`",
     "kMAGIC_TAG": "the file is no TensorRT plan; rebuild it with --force",
     "Version tag does not match": "the plan is of another TensorRT version; rebuild it with --force",
     "expecting library version": "the plan is of another TensorRT version; rebuild it with --force",
     "incompatible device": "the plan is of another GPU; rebuild it with --force",
-    "ut of memory": "lower --batch, --trt-workspace or the size, or build with --low-memory",
-    "OutOfMemory": "lower --batch, --trt-workspace or the size, or build with --low-memory",
-    "insufficient memory": "lower --batch or raise --trt-workspace",
+    "ut of memory": _MORE_MEMORY,
+    "OutOfMemory": _MORE_MEMORY,
+    "insufficient memory": "lower --batch or raise build-engines.trt_workspace",
     "CUDA initialization failure": "check the NVIDIA driver with `synthkit doctor`",
 }
 """Part of a line in TensorRT's log -> advice."""

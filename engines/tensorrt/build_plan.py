@@ -163,7 +163,7 @@ def _check_options(options: BuildOptions, number: tuple[int, int], version: str)
     if number < (8, 6) and (options.hardware != "this-gpu" or options.version_compatible):
         raise EngineError(
             f"TensorRT {version} builds for its own version and GPU only; "
-            "leave out --trt-hardware and --trt-version-compatible"
+            "leave out build-engines.trt_hardware and trt_version_compatible"
         )
     if options.level > 5:
         raise EngineError(f"trt_level = {options.level}: TensorRT's builder has the levels 0 to 5")

@@ -1,7 +1,8 @@
 """One network becomes a verified plan, in this process or in a child of its own.
 
 A builder holds several copies of a network's weights and gives some of that memory back only when its process
-ends. On a device with little memory each network is therefore built in a child (`--low-memory`).
+ends. On a device with little memory each network is therefore built in a child, which
+`build-engines.low_memory` asks for.
 """
 
 from __future__ import annotations
@@ -131,7 +132,7 @@ def make_plan_in_child(job: PlanJob) -> Path:
     if done.returncode < 0:
         raise EngineError(
             f"the builder of {job.plan.component} was ended by signal {-done.returncode}, mostly for want of "
-            "memory; lower --batch, --trt-workspace or the size"
+            "memory; lower --batch, build-engines.trt_workspace or the size"
         )
     try:
         answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -329,6 +329,6 @@ def open_plan(engines_dir: Path, component: str) -> TensorRtSession:
     if host_code and os.environ.get(HOST_CODE) != "1":
         raise EngineError(
             f"the plan {path} is version compatible: it holds code that runs on loading; if it is your own, "
-            f"set {HOST_CODE}=1, otherwise rebuild it without --trt-version-compatible"
+            f"set {HOST_CODE}=1, otherwise rebuild it without build-engines.trt_version_compatible"
         )
     return deserialize(rt, read_plan(path), str(path), 2 if component == "unet" else 1, host_code)

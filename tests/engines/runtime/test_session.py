@@ -71,6 +71,7 @@ class FallsBack:
             get_providers=lambda: ["CPUExecutionProvider"],
             get_inputs=list,
             get_outputs=list,
+            get_modelmeta=lambda: SimpleNamespace(custom_metadata_map={}),
             disable_fallback=lambda: None,
         )
 

@@ -171,7 +171,7 @@ def test_what_the_bindings_raise_is_one_line(
 ) -> None:
     install(monkeypatch, flavour, {call: RuntimeError("Out of memory\nin tactic 3")})
     with pytest.raises(
-        EngineError, match=r"Out of memory in tactic 3; lower --batch, --trt-workspace"
+        EngineError, match=r"Out of memory in tactic 3; lower --batch, build-engines.trt_workspace"
     ) as caught:
         make_plan(job_for(half_engines, tmp_path, flavour))
     assert "\n" not in str(caught.value)

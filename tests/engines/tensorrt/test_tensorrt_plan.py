@@ -85,8 +85,8 @@ def test_a_text_encoder_never_becomes_a_plan(tiny_model: Path) -> None:
     ("version", "options", "problem"),
     [
         ("8.4.1", BuildOptions(), "TensorRT 8.4.1 is older than 8.5"),
-        ("8.5.2", BuildOptions(hardware="ampere+"), "leave out --trt-hardware"),
-        ("8.5.2", BuildOptions(version_compatible=True), "leave out --trt-hardware and --trt-version"),
+        ("8.5.2", BuildOptions(hardware="ampere+"), "leave out build-engines.trt_hardware"),
+        ("8.5.2", BuildOptions(version_compatible=True), "trt_hardware and trt_version_compatible"),
         ("11.0", BuildOptions(level=6), "trt_level = 6: TensorRT's builder has the levels 0 to 5"),
         ("unknown", BuildOptions(), "calls its version 'unknown'"),
     ],
@@ -132,7 +132,7 @@ def test_dry_run_plans_without_tensorrt(
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     words = ["--workspace", str(tmp_path / "w"), "build-engines", "--model", str(tiny_model), "--dry-run"]
-    words += ["--backend", "tensorrt", "--batch", "1:2:4", "--trt-level", "2"]
+    words += ["--backend", "tensorrt", "--batch", "1:2:4", "--set", "build-engines.trt_level=2"]
     result = CliRunner().invoke(main, [*words, "--json"])
     assert result.exit_code == 0, result.stderr
     answer = json.loads(result.stdout)
