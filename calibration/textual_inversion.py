@@ -246,8 +246,8 @@ def _split(words: Sequence[str], settings: InversionSettings) -> tuple[torch.Ten
     folds = stratified_folds(np.unique(words, return_inverse=True)[1], _HELD_OUT_FOLDS, settings.seed)
     if not folds:
         raise ConfigError(
-            f"--early-stop holds photos out, but no class has two of the {len(words)} photos; "
-            "give more photos or leave --early-stop out"
+            f"learn-style.early_stop holds photos out, but no class has two of the {len(words)} photos; "
+            "give more photos or leave it out"
         )
     used, held = folds[0]
     return torch.from_numpy(used), torch.from_numpy(held)
@@ -348,7 +348,8 @@ def _init_id(parts: DiffusionParts, word: str) -> int:
     ids = parts.tokenizer.encode(word, add_special_tokens=False)
     if len(ids) != 1:
         raise ModelError(
-            f"the init word {word!r} is {len(ids)} tokens to this model; give a common word with --init-word"
+            f"the init word {word!r} is {len(ids)} tokens to this model; give a common word with "
+            "--set learn-style.init_word=WORD"
         )
     return int(ids[0])
 
@@ -372,7 +373,7 @@ def _prompt_ids(
     if not whole.all():
         raise ModelError(
             f"the prompt {prompts[int(whole.int().argmin())]!r} is longer than the model's "
-            f"{ids.shape[1]} tokens; give shorter words in classes.toml, or fewer --vectors"
+            f"{ids.shape[1]} tokens; give shorter words in classes.toml, or a smaller learn-style.vectors"
         )
     return ids
 

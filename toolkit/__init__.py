@@ -45,7 +45,9 @@ for _name, _value in (
     os.environ.setdefault(_name, _value)
 
 _WHERE = {
-    **dict.fromkeys(("adapt", "build_engines", "compare", "evaluate", "export", "generate"), "synthkit.recipes.api"),
+    **dict.fromkeys(
+        ("adapt", "build_engines", "compare", "evaluate", "export", "generate"), "synthkit.recipes.api"
+    ),
     "Bundle": "synthkit.recipes.device.bundle",
     "ImageSet": "synthkit.data.images",
     "ChainSettings": "synthkit.recipes.chain",

@@ -258,7 +258,8 @@ def _problems(values: Any, kind: type) -> list[str]:
 def _problem(value: Any, kind: Any, minimum: float | None) -> str:
     allowed = typing.get_args(kind)
     if typing.get_origin(kind) is typing.Literal:
-        return "" if value in allowed else f"must be one of {', '.join(map(str, allowed))}"
+        names = [str(one) for one in allowed]
+        return "" if value in allowed else f"must be one of {', '.join(names)}{nearest(str(value), names)}"
     accepted = tuple(allowed) if allowed and typing.get_origin(kind) is not tuple else (kind,)
     if not any(_is_a(value, one) for one in accepted):
         names = [getattr(one, "__name__", str(one)) for one in accepted if one is not type(None)]

@@ -118,7 +118,7 @@ def chosen_filters(choices: Choices) -> tuple[str, ...]:
         )
     if not 0 <= choices.filter_quantile <= 1:
         raise ConfigError(
-            f"--filter-quantile {choices.filter_quantile}: give a share of the photos, from 0 to 1"
+            f"[filter] filter_quantile = {choices.filter_quantile}: give a share of the photos, from 0 to 1"
         )
     return tuple(name for name in FILTERS if name in names)
 

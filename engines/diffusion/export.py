@@ -192,7 +192,9 @@ def _export_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:  # torch's exporter and Optimum raise many kinds
-        raise EngineError(f"the ONNX export failed: {_one_line(error)}; try another --opset") from None
+        raise EngineError(
+            f"the ONNX export failed: {_one_line(error)}; try another --set build-engines.opset=N"
+        ) from None
 
 
 def _tidy_configs(out: Path) -> None:

@@ -86,7 +86,7 @@ def _compare(
         if found > allowed:
             raise ParityError(
                 f"the engine {spec.component} differs from its source by {found:.3g} in {name!r}, allowed is "
-                f"{allowed:.3g}; rebuild with --force, and with another --opset if it persists"
+                f"{allowed:.3g}; rebuild with --force, then with another --set build-engines.opset=N"
             )
         error, tolerance = max(error, found), max(tolerance, allowed)
     return ComponentParity(spec.component, error, tolerance, round(time.perf_counter() - started, 3))
@@ -96,7 +96,7 @@ def _difference(component: str, reference: np.ndarray, got: np.ndarray) -> float
     if got.shape != reference.shape:
         raise ParityError(
             f"the engine {component} answers {list(got.shape)} where its source answers "
-            f"{list(reference.shape)}; rebuild with another --opset"
+            f"{list(reference.shape)}; rebuild with another --set build-engines.opset=N"
         )
     if not np.isfinite(got).all():
         raise ParityError(

@@ -65,7 +65,7 @@ def check_graph(path: Path, precision: str, opset: int) -> None:
     except Exception as error:  # ValidationError and InferenceError share no base class
         raise EngineError(
             f"the graph {path.parent.name} is not valid ONNX: {' '.join(str(error).split())[:300]}; "
-            "try another --opset"
+            "try another --set build-engines.opset=N"
         ) from None
     model = onnx.load(path, load_external_data=False)
     found = next(one.version for one in model.opset_import if not one.domain)
@@ -76,7 +76,7 @@ def check_graph(path: Path, precision: str, opset: int) -> None:
     if share < _SHARE:
         raise EngineError(
             f"the graph {path.parent.name} is not {precision}: of its weights {share:.1%} are "
-            f"({dict(histogram)}); rebuild with another --opset"
+            f"({dict(histogram)}); rebuild with another --set build-engines.opset=N"
         )
 
 

@@ -435,7 +435,7 @@ def _check_labels(content: Content, classes: Mapping[str, ClassContent]) -> Iter
         action = Action(
             "labels",
             f"give {name!r}{others} other words in classes.toml, or start from your photos instead of the "
-            "words with generate --init real; generate --filter class rejects such images",
+            "words with generate --set generate.init=real; generate --filter class rejects such images",
             f"a linear probe of the photos assigns {of_class.top1:.0%} of its images to it, most others "
             f"to {of_class.most_confused_with!r}; of held-out photos it gets {real:.0%} right, at least "
             f"{low:.0%}: the 95 % intervals do not meet",
@@ -461,7 +461,7 @@ def _check_coverage(content: Content, classes: Mapping[str, ClassContent]) -> It
         "content",
         "lower generate --guidance and give several prompt templates: the images crowd together"
         if (content.diversity or 1) < 1
-        else "start from your photos with generate --init real --strength 0.75: the images vary elsewhere",
+        else "start from your photos (generate --set generate.init=real): the images vary elsewhere",
         f"{content.coverage:.0%} of the photos have a synthetic image near them, where images of their "
         f"own distribution would reach {content.expected_coverage:.0%}; least {worst_name!r} with "
         f"{worst_coverage:.0%} (limit: {_COVERAGE_LIMIT:.0%} of what is expected)",
@@ -487,8 +487,8 @@ def _check_offset(appearance: Appearance) -> Iterator[_Finding]:
     if abs(offset) > limit:
         action = Action(
             "appearance",
-            "learn the style with more --vectors or --steps; images that start from your photos (generate "
-            "--init real) keep more of their appearance",
+            "learn the style with more --steps or learn-style.vectors; images that start from your photos "
+            "(generate --set generate.init=real) keep more of their appearance",
             f"{name} is {offset:+.1f} standard deviations of the photos off (limit {limit:.1f}: a large "
             "effect, beyond two standard errors)",
         )
@@ -513,7 +513,7 @@ def _check_spectrum(appearance: Appearance) -> Iterator[_Finding]:
         return
     action = Action(
         "appearance",
-        "generate with more --steps, or from your photos with --init real: the images are soft"
+        "generate with more --steps, or from your photos with --set generate.init=real: the images are soft"
         if high < 0
         else "lower generate --guidance or use more --steps: the images are harder or noisier",
         f"fine detail has {high:+.1f} dB against the photos (limit {np.sign(high) * _DECIBEL_LIMIT:.0f} dB, "

@@ -220,7 +220,7 @@ def choose_int8(
         target: "cpu" or "tensorrt".
 
     Raises:
-        ConfigError: there are too few images, or `--keep-float` names no layer.
+        ConfigError: there are too few images, or `export.keep_float` names no layer.
     """
     from synthkit.engines.student.int8 import float_values, layers
 
@@ -258,7 +258,7 @@ def _named_layers(wish: str, names: Sequence[str]) -> tuple[str, ...]:
     chosen = tuple(name.strip() for name in wish.split(",") if name.strip())
     if unknown := [name for name in chosen if name not in names]:
         raise ConfigError(
-            f"--keep-float: no layer {unknown[0]!r}{nearest(unknown[0], names)}; "
+            f"[export] keep_float: no layer {unknown[0]!r}{nearest(unknown[0], names)}; "
             "give auto, none, or names from the drift table"
         )
     return chosen

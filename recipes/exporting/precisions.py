@@ -235,8 +235,8 @@ def settle_default(settings: ExportSettings, facts: Mapping[str, ModelFacts]) ->
     if cost <= settings.max_drop:
         return wish, ""
     return FP32, (
-        f"{wish} costs {cost:.1f} points ({how}), more than --max-drop {settings.max_drop:g}; the bundle "
-        "holds it, but the default stays fp32"
+        f"{wish} costs {cost:.1f} points ({how}), more than export.max_drop = {settings.max_drop:g}; the "
+        "bundle holds it, but the default stays fp32"
     )
 
 

@@ -270,7 +270,7 @@ def _check_numbers(settings: GenerateSettings) -> None:
     if settings.init == "real" and int(fewest * settings.strength) < 1:
         raise ConfigError(
             f"strength = {settings.strength} of {fewest:g} steps is less than one step, so nothing would be "
-            "generated; raise --strength or --steps"
+            "generated; raise generate.strength or --steps"
         )
 
 
@@ -314,7 +314,7 @@ def _check_places(sentence: str) -> None:
 
 def _photos_by_class(classes: Words, photos: ImageSet | None) -> dict[str, tuple[Photo, ...]]:
     if photos is None:
-        raise ConfigError("--init real starts from photos; name their folder with --real-dir DIR")
+        raise ConfigError("generate.init = real starts from photos; name their folder with --real-dir DIR")
     found: dict[str, list[Photo]] = {name: [] for name in classes}
     for item in photos.items:  # in the order of their content: a file's name changes nothing
         name = photos.classes[item.label]

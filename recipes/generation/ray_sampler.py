@@ -154,8 +154,8 @@ class _Crew:
         done, _ = self._ray.wait(list(self._running), num_returns=1, timeout=patience)
         if not done:
             raise EngineError(
-                f"no Ray worker was ready within {_START_S} s; ask for fewer --ray-workers, or see what "
-                "`ray status` says of the cluster"
+                f"no Ray worker was ready within {_START_S} s; ask for fewer generate.ray_workers, or see "
+                "what `ray status` says of the cluster"
             )
         worker, batch = self._running.pop(done[0])
         try:

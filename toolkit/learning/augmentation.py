@@ -64,8 +64,8 @@ def timm_transform(recipe: str, size: tuple[int, int]) -> Callable[[Image.Image]
         )
     except (AssertionError, KeyError, ValueError):
         raise ConfigError(
-            f"timm knows no augmentation {recipe!r}; --augment takes {DEFAULT}, {NONE} or timm's names, for "
-            "example rand-m9-mstd0.5 or augmix-m3"
+            f"timm knows no augmentation {recipe!r}; train.augment takes {DEFAULT}, {NONE} or timm's names, "
+            "for example rand-m9-mstd0.5 or augmix-m3"
         ) from None
     return transform
 

@@ -261,7 +261,9 @@ def head_from_means(student: Student, head: str, data: LabelledData, labels: np.
     """
     layer = student.model.get_submodule(head)
     if not takes_means(layer):
-        raise ModelError(f"the head of {student.architecture!r} is not linear with a bias; use --head new")
+        raise ModelError(
+            f"the head of {student.architecture!r} is not linear with a bias; use --set adapt.head=new"
+        )
     seen: list[torch.Tensor] = []
     hook = layer.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
     data.logits(student, np.arange(len(data)))

@@ -28,7 +28,7 @@ def best_device(asked: str) -> torch.device:
         ConfigError: a GPU was asked for and torch finds none.
     """
     if asked == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda, but torch finds no GPU (see `synthkit doctor`); take --device cpu")
+        raise ConfigError("device = cuda, but torch finds no GPU (see `synthkit doctor`); take cpu")
     return torch.device("cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu")
 
 
@@ -97,6 +97,6 @@ class Gradients:
 
 def _out_of_memory(images: int) -> str:
     return (
-        f"out of memory with {images} images at once; lower --image-size or --batch-size, raise "
-        "--accumulate, or take a smaller student"
+        f"out of memory with {images} images at once; lower --image-size or train.batch_size, raise "
+        "train.accumulate, or take a smaller student"
     )
