@@ -28,7 +28,7 @@ NO_DEVICE = "it finds no GPU and driver that it can use"
 """Meaning of a constructor that returns nothing; the CUDA error itself, if any, is in TensorRT's log."""
 
 _MORE_MEMORY = (
-    "lower --batch, build-engines.trt_workspace or the size, or build with --set build-engines.low_memory=true"
+    "lower --batch, build-engines.trt_workspace or the size, or set build-engines.low_memory=true"
 )
 _ADVICE = {
     NO_DEVICE: "check the NVIDIA driver with `synthkit doctor`",
