@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -36,31 +37,52 @@ def _loggers_as_they_were() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """A folder by its name, which the first worker that asks makes for all; the others wait for it."""
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "made-once"
+    shared.mkdir(exist_ok=True)
+
+    def folder_of(name: str, make: Callable[[Path], object]) -> Path:
+        folder, done = shared / name, shared / f"{name}.done"
+        with (shared / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                make(folder)
+                done.touch()
+        return folder
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
+def tiny_model(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
     """A diffusers folder with random weights, v-prediction and a DDIM scheduler, as glyphs-32 has."""
-    return tiny_pipeline(tmp_path_factory.mktemp("models") / "tiny-v", "v_prediction")
+    return made_once("tiny-v", lambda folder: tiny_pipeline(folder, "v_prediction"))
 
 
 @pytest.fixture(scope="session")
-def tiny_epsilon_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_epsilon_model(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
     """The same networks with noise prediction and a PNDM scheduler, as Stable Diffusion 1.5 has."""
-    return tiny_pipeline(tmp_path_factory.mktemp("models") / "tiny-epsilon", "epsilon")
+    return made_once("tiny-epsilon", lambda folder: tiny_pipeline(folder, "epsilon"))
 
 
 @pytest.fixture(scope="session")
-def tiny_engines(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_engines(tiny_model: Path, made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
     """The engines of `tiny_model`; tests that change files copy the folder first."""
     from synthkit.recipes.settings import EngineSettings
     from tests.stages import build_engines
 
-    out = tmp_path_factory.mktemp("engines") / "tiny-v"
-    return build_engines(EngineSettings(model=str(tiny_model)), out).out
+    settings = EngineSettings(model=str(tiny_model))
+    return made_once("tiny-v-engines", lambda folder: build_engines(settings, folder))
 
 
 @pytest.fixture(scope="session")
-def tiny_epsilon_engines(tiny_engines: Path, tiny_epsilon_model: Path) -> Path:
+def tiny_epsilon_engines(
+    tiny_engines: Path, tiny_epsilon_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """The engines of `tiny_epsilon_model`, whose networks are the same."""
-    out = tiny_engines.with_name("tiny-epsilon")
+    out = tmp_path_factory.mktemp("engines") / "tiny-epsilon"
     shutil.copytree(tiny_engines, out, ignore=shutil.ignore_patterns("scheduler"))
     shutil.copytree(tiny_epsilon_model / "scheduler", out / "scheduler")
     return out

@@ -1,10 +1,11 @@
 """Imports run downward only, heavy packages stay where they belong, and nothing imports in a circle."""
 
 import ast
+import functools
 import graphlib
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,7 @@ NEVER_AT_THE_TOP = {"tensorrt"}
 @dataclass(frozen=True)
 class Import:
     name: str
+    package: str  # where the name comes from; for `import name`, the name itself
     line: int
     at_top: bool
     relative: bool
@@ -54,24 +56,30 @@ def unit(module: str) -> str:
 
 def imports(path: Path, known: set[str]) -> list[Import]:
     """Every import of a file; of `from package import name`, the module `package.name` where there is one."""
-    return list(_imports(ast.parse(path.read_text(encoding="utf-8")), known, at_top=True))
+    return [
+        item if item.name in known else replace(item, name=item.package)
+        for item in imports_of(path.read_text(encoding="utf-8"))
+    ]
 
 
-def _imports(node: ast.AST, known: set[str], at_top: bool) -> Iterator[Import]:
+@functools.cache
+def imports_of(source: str) -> list[Import]:
+    return list(_imports(ast.parse(source), at_top=True))
+
+
+def _imports(node: ast.AST, at_top: bool) -> Iterator[Import]:
     for child in ast.iter_child_nodes(node):
         inside = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
         typing_only = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
         if isinstance(child, ast.Import):
             for alias in child.names:
-                yield Import(alias.name, child.lineno, at_top, False)
+                yield Import(alias.name, alias.name, child.lineno, at_top, False)
         elif isinstance(child, ast.ImportFrom):
             for alias in child.names:
-                full = f"{child.module}.{alias.name}"
-                yield Import(
-                    full if full in known else child.module or "", child.lineno, at_top, child.level > 0
-                )
+                package = child.module or ""
+                yield Import(f"{package}.{alias.name}", package, child.lineno, at_top, child.level > 0)
         else:
-            yield from _imports(child, known, at_top and not inside and not typing_only)
+            yield from _imports(child, at_top and not inside and not typing_only)
 
 
 def problems(root: Path) -> list[str]:
@@ -124,9 +132,8 @@ def cycle(root: Path) -> list[str]:
         - {module}
         for module, path in sources.items()
     }
-    for (
-        module
-    ) in graph:  # `import a.b` runs a first; an __init__ that imports its own parts is no circle for them
+    # `import a.b` runs a first; an __init__ that imports its own parts is no circle for them
+    for module in graph:
         graph[module] = {name for name in graph[module] if not module.startswith(f"{name}.")}
     try:
         graphlib.TopologicalSorter(graph).prepare()

@@ -17,7 +17,8 @@ MAX_BYTES = 8 * 2**20
 FORBIDDEN = re.compile(
     r"(?<![\w.])/(wo"
     + r"rk|ro"
-    + r"ot)/|py"
+    + r"ot)/|\.\./sha"
+    + r"red\b|py"
     + r"pi\.org|python"
     + r"hosted\.org|download\.py"
     + r"torch\.org"
