@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
 
 # onnxruntime collects usage data from version 1.29 on unless this is set before it is imported.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -34,6 +34,9 @@ UNKNOWN = "unknown"
 
 _MOST_ELONGATED = 200  # a longer strip grows to gigabytes when its short side is scaled to model size
 _SIXTEEN_TO_EIGHT_BITS = 257  # 65535 / 255
+_LARGEST_JPEG = 4  # times Pillow's own limit of 89 million pixels: phones have 200 million, a bomb has more
+_NEW_SUBFILE_TYPE, _SUB_IFDS, _DNG_VERSION = 254, 330, 50706  # tags of TIFF and DNG
+_WEB_PAGE = (b"<!doctype html", b"<html", b"<?xml")
 _BATCH = 32
 
 
@@ -44,17 +47,24 @@ class UnusableImage(Exception):
 def open_image(source: str | Path | IO[bytes]) -> Image.Image:
     """The picture of a file as a person sees it: upright, RGB, 8 bit, transparency on white.
 
+    A JPEG of more pixels than Pillow reads at once, as phones of 100 and 200 megapixels write it, is scaled
+    down while it is decoded.
+
     Args:
         source: the file's path, or the open file.
 
     Raises:
-        UnusableImage: missing, empty, not an image, truncated, or a decompression bomb.
+        UnusableImage: missing, empty, not an image, truncated, a camera's raw file, or a decompression bomb.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks about odd metadata; the pixels decide
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return _decode(source)
+            if isinstance(source, (str, Path)):
+                with Path(source).open("rb") as stream:
+                    image = _decode(stream)
+            else:
+                image = _decode(source)
     except UnusableImage:
         raise
     except FileNotFoundError:
@@ -65,33 +75,65 @@ def open_image(source: str | Path | IO[bytes]) -> Image.Image:
         raise UnusableImage(_unidentified(source)) from None
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ValueError...
         raise UnusableImage(_short(error)) from None
+    return _as_rgb(image)  # our own code: an error in it is no fault of the photo
 
 
-def _decode(source: str | Path | IO[bytes]) -> Image.Image:
-    with Image.open(source) as image:
-        image.load()
-        if max(image.size) > _MOST_ELONGATED * min(image.size):
-            raise UnusableImage(
-                f"{image.width}x{image.height} pixels, one side over {_MOST_ELONGATED} times the other"
-            )
-        return as_seen(image)
+def _decode(stream: IO[bytes]) -> Image.Image:
+    """An image in any mode, loaded and turned upright."""
+    image = _opened(stream)
+    if _is_raw(image):
+        raise UnusableImage("a camera's raw file, of which Pillow reads a thumbnail; convert it to JPEG")
+    image.load()
+    if max(image.size) > _MOST_ELONGATED * min(image.size):
+        raise UnusableImage(
+            f"{image.width}x{image.height} pixels, one side over {_MOST_ELONGATED} times the other"
+        )
+    return ImageOps.exif_transpose(image) or image
+
+
+def _opened(stream: IO[bytes]) -> Image.Image:
+    """The file, opened; a JPEG that is too large for `Image.open` is set to half its size."""
+    try:
+        return Image.open(stream)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as bomb:
+        stream.seek(0)
+        try:
+            image = JpegImagePlugin.JpegImageFile(stream)  # unlike Image.open, it does not count pixels
+        except SyntaxError:  # no JPEG
+            raise bomb from None
+        limit = Image.MAX_IMAGE_PIXELS or 0
+        if image.width * image.height > _LARGEST_JPEG * limit:
+            raise
+        image.draft("RGB", (image.width // 2, image.height // 2))
+        return image
+
+
+def _is_raw(image: Image.Image) -> bool:
+    """Whether a TIFF is a raw file: its first page is a reduced image, and the pixels lie in SubIFDs."""
+    tags = getattr(image, "tag_v2", {})
+    return _DNG_VERSION in tags or (tags.get(_NEW_SUBFILE_TYPE) == 1 and _SUB_IFDS in tags)
 
 
 def as_seen(image: Image.Image) -> Image.Image:
     """An image as a person sees it: upright, RGB, 8 bit, transparency on white.
 
     Args:
-        image: loaded, in any mode; it may be turned in place.
+        image: loaded, in any mode.
 
     Raises:
         UnusableImage: its pixel values fit neither 8 nor 16 bits.
     """
-    ImageOps.exif_transpose(image, in_place=True)
+    return _as_rgb(ImageOps.exif_transpose(image) or image)
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return Image.fromarray(_eight_bits(np.asarray(image), image.mode)).convert("RGB")
     if "transparency" not in image.info and image.mode not in ("RGBA", "LA", "PA"):
         return image.convert("RGB")
     rgba = image.convert("RGBA")
+    if rgba.getextrema()[3] == (0, 0):  # nobody saves an invisible photo: the alpha was left unset
+        return rgba.convert("RGB")
     return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 
 
@@ -105,12 +147,27 @@ def _eight_bits(values: np.ndarray, mode: str) -> np.ndarray:
 
 
 def _unidentified(source: str | Path | IO[bytes]) -> str:
-    if not isinstance(source, (str, Path)):
-        return "not an image"
-    if Path(source).stat().st_size == 0:
+    """What a file is, by its content, that Pillow cannot read."""
+    if isinstance(source, (str, Path)):
+        with Path(source).open("rb") as stream:
+            head = stream.read(64)
+    else:
+        source.seek(0)
+        head = source.read(64)
+    if not head:
         return "empty file"
-    heic = Path(source).suffix.lower() in (".heic", ".heif")
-    return "HEIC photo, which Pillow cannot read; convert it to JPEG" if heic else "not an image"
+    brand = head[8:12] if head[4:8] == b"ftyp" else b""
+    if brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"):
+        return "HEIC photo, which Pillow cannot read; convert it to JPEG"
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer and not the image; fetch it with `git lfs pull`"
+    if brand == b"crx " or head.startswith((b"FUJIFILMCCD-RAW", b"IIU\0", b"IIRO", b"MMOR")):
+        return "a camera's raw file; convert it to JPEG"
+    if brand:
+        return "a video or a format that Pillow cannot read; give pictures"
+    if head.startswith(b"%PDF"):
+        return "a PDF and not an image"
+    return "a web page and not an image" if head.lstrip().lower().startswith(_WEB_PAGE) else "not an image"
 
 
 def _short(error: Exception) -> str:
@@ -129,7 +186,8 @@ def preprocess(image: Image.Image, config: Mapping[str, Any]) -> np.ndarray:
     """
     height, width = (int(side) for side in config["input_size"][-2:])
     scaled = [int(side / config["crop_pct"]) for side in (height, width)]
-    resample = Image.Resampling[config["interpolation"].upper()]
+    names = getattr(Image, "Resampling", Image)  # Pillow before 9.1 has them in the module itself
+    resample = getattr(names, config["interpolation"].upper())
     resized = image.resize(_resized_size(image.size, scaled, config["crop_mode"]), resample)
     mean = [round(255 * value) for value in config["mean"]]
     return _centre(np.asarray(resized), height, width, mean if config["crop_mode"] == "border" else [0, 0, 0])
@@ -245,10 +303,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
     folder = Path(__file__).resolve().parent
+    for stream in (sys.stdout, sys.stderr):  # a file's name may hold what the console cannot show
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         import onnxruntime
-    except ImportError:
+    except ModuleNotFoundError as error:
+        if error.name != "onnxruntime":
+            return _fail(f"onnxruntime does not load: {_short(error)}")
         return _fail("onnxruntime is not installed; install it with: pip install onnxruntime")
+    except ImportError as error:  # there, but for another NumPy or without a library of the system
+        return _fail(f"onnxruntime does not load: {_short(error)}")
     config = json.loads((folder / "preprocess.json").read_text(encoding="utf-8"))
     inputs, failures = read_inputs(options.images, config)
     if failures:
@@ -256,7 +320,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
     logits = in_batches(lambda batch: session.run(["logits"], {"image": batch})[0], inputs)
     labels, confidence = read_labels(folder), read_confidence(folder)
-    ranked = [prediction(*pair, labels, len(labels)) for pair in zip(options.images, logits, strict=True)]
+    pairs = zip(options.images, logits)  # noqa: B905 - Python 3.8 and 3.9 know no strict=
+    ranked = [prediction(path, row, labels, len(labels)) for path, row in pairs]
     found = [decided(one, confidence, options.top) for one in ranked]
     print(json.dumps({"predictions": found}, ensure_ascii=False) if options.json else as_text(found))
     return 0
