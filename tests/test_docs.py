@@ -159,31 +159,6 @@ def test_every_option_and_setting_in_the_prose_exists(page: Path) -> None:
     assert not problems
 
 
-def test_messages_and_help_advise_options_that_exist() -> None:
-    known = flags(main).union({"--data-binary", "--no-"}, *(flags(command(name)) for name in COMMANDS))
-    problems = []
-    for path in modules().values():
-        source = text_of(path)
-        named_flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", source))
-        if named(path) not in OTHER_PROGRAMS:
-            problems += [f"{named(path)}: {flag}" for flag in sorted(named_flags - known)]
-        for span in re.findall(r"`synthkit ([a-z][^`{}]*)`", source):
-            problems += [f"{named(path)}: {problem}" for problem in call_problems(words(span))]
-    assert not problems
-
-
-#: Modules that write command lines of other programs, or have options of their own.
-OTHER_PROGRAMS = {
-    "engines/bundle/build_script.py",
-    "engines/bundle/targets.py",
-    "engines/tensorrt/build_plan.py",
-    "recipes/diagnostics/report.py",
-    "recipes/generation/ray_sampler.py",
-    "recipes/glyphs32/__main__.py",
-    "toolkit/machine.py",
-}
-
-
 @every_page
 def test_every_program_exists_and_knows_its_options(page: Path) -> None:
     problems = []
