@@ -16,8 +16,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 API = json.loads((Path(__file__).parent / "data" / "tensorrt_api.json").read_text(encoding="utf-8"))
 FLAVOURS = {"10": "10.3.0", "11": "11.4.0.106"}
+EACH_FLAVOUR = [pytest.param("10", marks=pytest.mark.slow), "11"]
 NULLPTR = "pybind11::init(): factory function returned nullptr"
 
 

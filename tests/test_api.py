@@ -54,6 +54,7 @@ def test_every_argument_is_typed_and_documented(name: str) -> None:
     assert signature.return_annotation.endswith(("Result", "Comparison", "Evaluation"))
 
 
+@pytest.mark.slow
 def test_from_a_folder_to_a_prediction(tiny_model: Path, tmp_path: Path) -> None:
     pytest.importorskip("timm")
     from tests.tiny_students import colour_folders

@@ -45,6 +45,7 @@ def test_ruff() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_mypy(tmp_path: Path) -> None:
     done = subprocess.run(
         [

@@ -44,6 +44,7 @@ def parts(folders: Path) -> tuple[Any, ...]:
     )
 
 
+@pytest.mark.slow
 def test_the_command_times_every_way(folders: Path) -> None:
     words = "--student test_resnet --size 32 --classes 2 --shots 2 --no-whole".split()
     words += "--steps 3 --views 2 --runs 2".split()

@@ -40,6 +40,7 @@ def call(folders: Path, *words: str, test: str = "test") -> Result:
     return CliRunner().invoke(main, [*command, *words], catch_exceptions=False)
 
 
+@pytest.mark.slow
 def test_every_method_is_measured_and_cells_join_another_table(folders: Path) -> None:
     result = call(folders)
     assert result.exit_code == 0, result.stderr

@@ -16,6 +16,7 @@ from synthkit.errors import ParityError
 pytest.importorskip("optimum.onnxruntime")
 
 
+@pytest.mark.slow
 def test_every_pipeline_samples_the_same_and_is_timed(tiny_engines: Path, tmp_path: Path) -> None:
     words = "--batch 3 --steps 2 --runs 2 --out".split()
     called = CliRunner().invoke(main, [str(tiny_engines), *words, str(tmp_path / "speed.json")])
@@ -37,6 +38,7 @@ def test_speedup_and_step_time_follow_from_the_medians() -> None:
     assert (row.speedup, row.images_per_second, row.unet_step_ms) == (1.0, 32.0, 75.0)
 
 
+@pytest.mark.slow
 def test_other_images_are_refused(tiny_engines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     generate = EnginePipeline.generate
 

@@ -15,12 +15,14 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_bundle(tmp_path_factory.mktemp("load") / "bundle")
 
 
+@pytest.mark.slow
 def test_load_on_the_real_command(bundle: Path) -> None:
     result = serving_load.load(bundle, requests=200, clients=4)
     assert result["ok"], result
     assert result["good"] == 198 and sum(sum(count.values()) for count in result["bad"].values()) == 2
 
 
+@pytest.mark.slow
 def test_garbage_gets_4xx_and_a_wrong_answer_is_noticed(bundle: Path) -> None:
     with serving(bundle) as client:
         kinds = serving_load.garbage(picture("JPEG", size=200))

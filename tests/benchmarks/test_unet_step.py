@@ -17,6 +17,7 @@ pytest.importorskip("onnx")
 pytest.importorskip("diffusers")
 
 
+@pytest.mark.slow
 def test_every_contender_computes_the_same_and_operators_add_up(
     tiny_engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

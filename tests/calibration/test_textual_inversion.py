@@ -104,6 +104,7 @@ def fixed_loss(parts: DiffusionParts, vectors: np.ndarray) -> float:
     return float(torch.stack(losses).mean())
 
 
+@pytest.mark.slow
 def test_the_loss_falls(parts: DiffusionParts, tmp_path: Path) -> None:
     start = parts.text_encoder.get_input_embeddings().weight[inversion._init_id(parts, "the")]
     token, _ = run(parts, tmp_path, steps=40, batch_size=12)
@@ -217,6 +218,7 @@ def test_a_cosine_schedule_falls_from_the_peak_towards_zero() -> None:
     assert [inversion._learning_rate(SETTINGS, step) for step in range(3)] == [SETTINGS.lr] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"schedule": "cosine"}, {"accumulate": 2}, {"early_stop": 2}])
 def test_an_interrupted_fit_of_every_kind_ends_as_an_uninterrupted_one(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
@@ -288,6 +290,7 @@ def test_the_best_vectors_are_kept_and_the_fit_stops_early(
     assert len(long.losses) == 8 and np.array_equal(long.token.vectors, short.token.vectors)
 
 
+@pytest.mark.slow
 def test_held_out_photos_are_never_learned_from_and_meet_the_same_noise(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,6 +28,8 @@ from synthkit.recipes.settings import SECTIONS, EngineSettings
 from tests.tiny_models import tiny_sdxl
 from tests.tiny_students import colour_folders
 
+pytestmark = pytest.mark.slow
+
 COLOURS = ("blue", "green", "red")
 STAGES = ["build-engines", "learn-style", "generate", "train", "adapt", "export"]
 QUICK = ["--per-class", "4", "--student", "test_resnet"] + [

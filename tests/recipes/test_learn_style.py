@@ -108,6 +108,7 @@ def test_a_cluster_learns_from_its_own_photos_alone(
     assert np.array_equal(second.vectors, style.load(alone.out / "learned_embeds.safetensors").vectors)
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_its_second_cluster_does_not_redo_the_first(
     tiny_model: Path, photos: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,6 +144,7 @@ def test_the_control_is_one_flag(tiny_model: Path, photos: ImageSet, tmp_path: P
     assert not np.allclose(one.vectors, two.vectors)
 
 
+@pytest.mark.slow
 def test_previews_show_one_image_of_each_word_over_the_steps(
     tiny_model: Path, photos: ImageSet, tmp_path: Path
 ) -> None:
@@ -166,6 +168,7 @@ def test_what_decides_the_style_and_what_does_not(tiny_model: Path, photos: Imag
     assert len({of(), of(seed=1), of(early_stop=1), of(early_stop=1, checkpoint_every=7)}) == 4
 
 
+@pytest.mark.slow
 def test_early_stop_writes_the_held_out_losses(tiny_model: Path, photos: ImageSet, tmp_path: Path) -> None:
     done = learn(tiny_model, photos, tmp_path / "style", early_stop=3, steps=4)
     losses = json.loads((done.out / "losses.json").read_text(encoding="utf-8"))["<site-style>"]

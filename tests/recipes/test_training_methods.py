@@ -191,6 +191,7 @@ def test_every_setting_but_the_device_counts(data: TrainingData, tmp_path: Path)
     assert key(train_stage(replace(SETTINGS, device="cpu"), data, tmp_path)) == usual
 
 
+@pytest.mark.slow
 def test_the_student_does_not_depend_on_names_and_order_of_the_files(
     data: TrainingData, tmp_path: Path
 ) -> None:
@@ -241,6 +242,7 @@ def folders(data: TrainingData) -> list[str | Path]:
 QUICK = "--student test_resnet --epochs 1 --set train.real_steps=2 --set train.batch_size=8".split()
 
 
+@pytest.mark.slow
 def test_the_command_takes_method_and_options(data: TrainingData, tmp_path: Path) -> None:
     settings = (
         "real_weight=0.7 opt=sgd schedule=cosine layer_decay=0.8 ema=0.5 augment=rand-m5 amp=true "

@@ -15,6 +15,7 @@ from synthkit.recipes.settings import FilterSettings
 from tests.colour_classes import CLASSES, WORDS, class_folders, colour_student, picture, tiny_clip
 
 
+@pytest.mark.slow
 def test_a_probability_is_the_same_to_the_last_bit_in_any_company(tmp_path: Path) -> None:
     classifier = open_classifier(colour_student(tmp_path), WORDS)
     inputs = [classifier.prepare(picture("red", seed)) for seed in range(BATCH)]

@@ -46,6 +46,7 @@ def test_a_planted_error_is_found(
         component_parity(tiny_model, tmp_path / "engines")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Accessing config attribute:FutureWarning")  # Optimum of diffusers
 def test_optimum_opens_the_folder_and_draws_the_same(tiny_engines: Path) -> None:
     import torch
@@ -68,6 +69,7 @@ def test_optimum_opens_the_folder_and_draws_the_same(tiny_engines: Path) -> None
     assert np.abs(np.clip(got / 2 + 0.5, 0, 1) - wanted).max() < 1e-5
 
 
+@pytest.mark.slow
 def test_half_precision_lies_in_the_graph(tiny_model: Path, tmp_path: Path) -> None:
     from synthkit.engines.diffusion.pipeline import EnginePipeline
 

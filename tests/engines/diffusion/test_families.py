@@ -20,9 +20,11 @@ from synthkit.models.generator import model_fingerprint, resolve_model
 from tests.tiny_models import IMAGE, WIDTH, tiny_sd2, tiny_sdxl, tiny_turbo
 
 onnx = pytest.importorskip("onnx")
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:__array__ implementation:DeprecationWarning", "ignore:Accessing config attribute:FutureWarning"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:Accessing config attribute:FutureWarning"),
+]
 PROMPTS, SEEDS = ["a b", "c of th"], [5, 6]
 
 

@@ -36,6 +36,7 @@ def diffusers_pipeline(folder: Path, style: Path) -> Any:
     return reference
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tiny", "tiny_epsilon"])
 def test_the_loop_is_that_of_diffusers(kind: str, tiny_style: Path, request: pytest.FixtureRequest) -> None:
     import torch
@@ -100,6 +101,7 @@ def test_a_negative_prompt_is_that_of_diffusers(
     assert np.abs(plain - got).max() > 0.01, "without a negative prompt guidance leads away from no prompt"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers of NumPy
 @pytest.mark.parametrize("name", ["own", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
 @pytest.mark.parametrize("strength", [0.3, 0.75, 1.0])
@@ -255,6 +257,7 @@ def test_external_weights_stay_where_they_are(tiny_engines: Path, tmp_path: Path
     assert np.array_equal(EnginePipeline.open(folder, "cpu").embed(PROMPTS, token).hidden, wanted)
 
 
+@pytest.mark.slow
 def test_broken_images_are_named(tiny_engines: Path) -> None:
     pipeline = EnginePipeline.open(tiny_engines, "cpu")
     embeddings = pipeline.embed(["a", "b"])
@@ -283,6 +286,7 @@ def test_images_of_one_colour_are_named(pipeline: EnginePipeline, monkeypatch: p
     assert np.ptp(pipeline.generate(embeddings, [1, 2, 3], 2, 1.0, allow_blank=True)[1].astype(int)) < 2
 
 
+@pytest.mark.slow
 def test_a_batch_drawn_by_several_workers_is_the_same(
     pipeline: EnginePipeline, tiny_engines: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

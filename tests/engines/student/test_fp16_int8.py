@@ -139,6 +139,7 @@ def test_tensorrts_form_keeps_its_rules(exported: Exported) -> None:
     assert error(run(made, noise(), exact=True), exported[2]) < 0.2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["cpu", "tensorrt"])
 def test_the_head_stays_in_float_and_can_be_replaced(exported: Exported, target: str) -> None:
     made = quantised(exported, target)
@@ -158,6 +159,7 @@ def test_cpu_weights_are_integers_and_the_file_shrinks(exported: Exported) -> No
     assert error(run(made, noise(), exact=True), exported[2]) < 0.3
 
 
+@pytest.mark.slow
 def test_layers_can_stay_in_float(exported: Exported) -> None:
     names = quantize.layers(exported[0], exported[1])
     assert "/model/classifier/Gemm" not in names and len(names) > 20
@@ -264,6 +266,7 @@ def test_one_layer_can_leave_float_alone() -> None:
     )
 
 
+@pytest.mark.slow
 def test_sizes_become_constants_and_padding_joins_its_convolution(tmp_path: Path) -> None:
     import timm
     import torch

@@ -23,6 +23,7 @@ def pixels(count: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", ["test_resnet", "test_efficientnet", "test_convnext", "tf_mobilenetv3_small_075"]
 )

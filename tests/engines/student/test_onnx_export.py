@@ -156,6 +156,7 @@ def test_equal_weights_get_a_tensor_each(tmp_path: Path) -> None:
     assert sum(facts.head["bias"] in node.input for node in graph.node) == 1
 
 
+@pytest.mark.slow
 def test_a_refused_student_goes_to_the_other_exporter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

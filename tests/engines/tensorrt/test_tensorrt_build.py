@@ -27,7 +27,7 @@ from synthkit.engines.tensorrt.precision_check import check_precision, graph_wei
 from synthkit.errors import EngineError, ParityError
 from tests.cuda_stand_ins import stand_in_machine
 from tests.tensorrt_behaviour import MAGIC, TIMINGS, install
-from tests.tensorrt_fakes import FLAVOURS, NULLPTR, Fakes, failing
+from tests.tensorrt_fakes import EACH_FLAVOUR, FLAVOURS, NULLPTR, Fakes, failing
 
 SPEED_ONLY = {  # trouble with the timing cache costs time and nothing else
     "IBuilderConfig.create_timing_cache",
@@ -60,7 +60,7 @@ def header(plan: Path) -> dict[str, Any]:
     return content
 
 
-@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("flavour", EACH_FLAVOUR)
 @pytest.mark.parametrize("component", PLANNED)
 def test_a_plan_is_built_verified_and_written(
     half_engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flavour: str, component: str
@@ -75,7 +75,7 @@ def test_a_plan_is_built_verified_and_written(
     assert rows == {(1, 4, 8) if component == "unet" else (1, 2, 4)}
 
 
-@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("flavour", EACH_FLAVOUR)
 def test_every_option_reaches_the_builder(
     half_engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flavour: str
 ) -> None:
@@ -123,7 +123,8 @@ def calls_of_a_run(
     return fakes
 
 
-@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.slow
+@pytest.mark.parametrize("flavour", EACH_FLAVOUR)
 def test_a_failure_of_every_call_is_one_line(
     half_engines: Path,
     tmp_path: Path,
@@ -164,7 +165,7 @@ def _problems(call: str, job: PlanJob) -> list[str]:
     return [] if call in SPEED_ONLY else [f"{call} failed and nobody noticed"]
 
 
-@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("flavour", EACH_FLAVOUR)
 @pytest.mark.parametrize("call", ["IOptimizationProfile.set_shape", "Builder.build_serialized_network"])
 def test_what_the_bindings_raise_is_one_line(
     half_engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flavour: str, call: str
@@ -364,6 +365,7 @@ def child_with(
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{root}:{inherited}")
 
 
+@pytest.mark.slow
 def test_a_child_process_builds_the_same(
     half_engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -375,6 +377,7 @@ def test_a_child_process_builds_the_same(
     assert build_engine(TensorRt(), job.plan, job.folder / "model.onnx", job.timings) == read_plan(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("inject", "more", "problem"),
     [

@@ -25,7 +25,7 @@ from synthkit.engines.tensorrt.session import TensorRtSession, deserialize, has_
 from synthkit.errors import EngineError
 from tests.cuda_stand_ins import stand_in_machine
 from tests.tensorrt_behaviour import install
-from tests.tensorrt_fakes import FLAVOURS, Fakes
+from tests.tensorrt_fakes import EACH_FLAVOUR, FLAVOURS, Fakes
 
 WIDTH, TOKENS, SIDE = 32, 77, 4
 
@@ -40,7 +40,7 @@ def planned(onnx_engines: Path, folder: Path, version: str, component: str = "un
     return folder
 
 
-@pytest.fixture(scope="module", params=FLAVOURS)
+@pytest.fixture(scope="module", params=EACH_FLAVOUR)
 def flavour_and_folder(
     request: pytest.FixtureRequest, half_engines: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, Path]:

@@ -55,6 +55,7 @@ def cached(result: Any) -> list[bool]:
     return [one["cached"] for one in engine_list(result) if one["backend"] == "tensorrt"]
 
 
+@pytest.mark.slow
 def test_plans_stand_beside_the_onnx_files(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exported: list[tuple[Any, ...]]
 ) -> None:
@@ -108,6 +109,7 @@ def test_what_changes_the_stage(tiny_model: Path, tmp_path: Path, monkeypatch: p
     assert without.key().resolved["precision"] == "fp32"
 
 
+@pytest.mark.slow
 def test_plans_that_still_fit_are_taken_over(
     tiny_model: Path,
     tmp_path: Path,
@@ -135,6 +137,7 @@ def test_plans_that_still_fit_are_taken_over(
     assert len(find_plans(out / "unet")) == 1, "plans of other settings do not pile up"
 
 
+@pytest.mark.slow
 def test_a_failed_build_keeps_what_was_there(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exported: list[tuple[Any, ...]]
 ) -> None:
@@ -148,6 +151,7 @@ def test_a_failed_build_keeps_what_was_there(
     assert [path.name for path in find_plans(out / "unet")] == before
 
 
+@pytest.mark.slow
 def test_low_memory_builds_in_children(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exported: list[tuple[Any, ...]]
 ) -> None:
@@ -164,6 +168,7 @@ def test_low_memory_builds_in_children(
     assert components == list(PLANNED)
 
 
+@pytest.mark.slow
 def test_the_command(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exported: list[tuple[Any, ...]]
 ) -> None:

@@ -106,6 +106,7 @@ def choice(student: Student, photos: ImageSet, **changes: Any) -> tuple[str, dic
     return chosen.strategy.value, {one.strategy.value: one.top1 for one in chosen.cross_validation}
 
 
+@pytest.mark.slow
 def test_a_head_that_mixes_the_classes_up_is_adapted(good: Student, photos: ImageSet, tmp_path: Path) -> None:
     selected, scores = choice(permuted(good), photos)
     assert scores["unchanged"] == 0 and scores["last-1"] > 0.8
@@ -117,12 +118,14 @@ def test_a_head_that_mixes_the_classes_up_is_adapted(good: Student, photos: Imag
     assert right.mean() > 0.8
 
 
+@pytest.mark.slow
 def test_a_perfect_student_is_not_trained_anew(good: Student, photos: ImageSet) -> None:
     selected, scores = choice(good, photos)
     assert scores["unchanged"] == 1 and scores["full"] < 1, "2 steps from a new head are too few"
     assert selected == "unchanged", "of equal strategies the one that changes least"
 
 
+@pytest.mark.slow
 def test_the_verdicts_say_which_and_why(good: Student, photos: ImageSet, tmp_path: Path) -> None:
     metrics = run(saved(good, tmp_path / "student"), photos, tmp_path / "adapted").manifest.metrics
     assert [one["strategy"] for one in metrics["cross_validation"]] == [one.value for one in Strategy]
@@ -148,6 +151,7 @@ def test_all_layers_are_stopped_early_once_they_fall_behind(good: Student, photo
     assert f"stopped early after {figures['full']['photos']} of 9" in describe(list(figures.values()))
 
 
+@pytest.mark.slow
 def test_all_layers_that_keep_up_are_judged_on_every_photo(good: Student, photos: ImageSet) -> None:
     """A start that has lost its way, where all layers have as good a chance as any."""
     lost = replace(SETTINGS, adapt_lr=1e-9)
@@ -174,6 +178,7 @@ def test_a_path_that_was_stopped_early_is_not_taken(
     assert choice(permuted(good), photos, adapt_lr=1e-9)[0] != "full"
 
 
+@pytest.mark.slow
 def test_no_photo_is_judged_by_a_student_that_saw_it(
     good: Student, photos: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -264,6 +269,7 @@ def test_one_photo_of_a_class_leaves_nothing_to_hold_out(
     assert (fresh["strategy"], fresh["steps"]) == ("last-4", 8)
 
 
+@pytest.mark.slow
 def test_no_steps_on_real_photos_is_a_choice_too(good: Student, photos: ImageSet) -> None:
     examples, start = Examples(photos, good.preprocessing), StartingStudent(good, True, None)
     assert (
@@ -274,6 +280,7 @@ def test_no_steps_on_real_photos_is_a_choice_too(good: Student, photos: ImageSet
     )
 
 
+@pytest.mark.slow
 def test_a_student_that_learned_the_photos_is_no_fair_judge_of_them(
     trained: Path, photos: ImageSet, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -290,6 +297,7 @@ def test_an_unchanged_stage_is_skipped(trained: Path, photos: ImageSet, tmp_path
     assert again.skipped and again.manifest == first.manifest
 
 
+@pytest.mark.slow
 def test_names_folders_and_order_of_the_photos_change_no_weight(
     trained: Path, photos: ImageSet, tmp_path: Path
 ) -> None:
@@ -304,6 +312,7 @@ def test_names_folders_and_order_of_the_photos_change_no_weight(
     assert first.manifest.metrics == other.manifest.metrics
 
 
+@pytest.mark.slow
 def test_the_number_of_threads_changes_no_answer(trained: Path, photos: ImageSet, tmp_path: Path) -> None:
     """Sums may round otherwise; what is chosen and answered stays."""
     before, found = torch.get_num_threads(), {}
@@ -336,6 +345,7 @@ def test_what_changes_the_result_redoes_it(
     assert len({*keys, of(dir=student)}) == 6
 
 
+@pytest.mark.slow
 def test_without_synthetic_images_a_weights_folder_is_the_start(
     good: Student, photos: ImageSet, tmp_path: Path
 ) -> None:
@@ -376,6 +386,7 @@ def test_what_cannot_be_done_is_refused_before_any_work(
     assert "knows the classes blue, green, red, the photos show blue, green, pink" in text
 
 
+@pytest.mark.slow
 def test_the_order_of_a_student_s_classes_is_kept(good: Student, photos: ImageSet, tmp_path: Path) -> None:
     """A folder from elsewhere may list its classes in another order than the photos' folders have."""
     turned = permuted(good)

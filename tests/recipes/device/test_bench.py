@@ -18,6 +18,8 @@ from synthkit.recipes.device.bench import Plan, as_text, time_in_turn
 from tests.small_bundles import three_precisions
 from tests.tiny_students import lively_student
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:

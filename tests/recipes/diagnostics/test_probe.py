@@ -69,6 +69,7 @@ def call(workspace: Path, folders: Path, *words: str | Path) -> Any:
     return CliRunner().invoke(main, ["--workspace", str(workspace), *map(str, command), *quick])
 
 
+@pytest.mark.slow
 def test_the_command_measures_everything_once(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,6 +99,7 @@ def test_the_command_measures_everything_once(
     assert again.exit_code == 0 and json.loads(again.stdout) == found
 
 
+@pytest.mark.slow
 def test_the_ends_of_the_curve_are_the_students_of_one_domain(probe: Probe) -> None:
     top1 = {(point.first, point.k): point.top1 for point in recipe.curve(probe, 2)}
     groups = len(probe.initial.layer_groups())

@@ -18,6 +18,8 @@ from synthkit.recipes.exporting.int8_search import QuantizationLoss as Loss
 from synthkit.recipes.settings import ExportSettings
 from tests.tiny_students import PREPROCESSING, noise, tiny_student
 
+pytestmark = pytest.mark.slow
+
 Exported = tuple[onnx.ModelProto, dict[str, str]]
 
 

@@ -69,6 +69,7 @@ def test_the_batch_size_changes_nothing(
     assert metrics["per_class"] == {name: {"kept": 5, "resampled": 0, "dropped": {}} for name in CLASSES}
 
 
+@pytest.mark.slow
 def test_a_new_style_or_run_seed_gives_other_images(
     generated_set: Path, tiny_engines: Path, tiny_style: Path, tmp_path: Path
 ) -> None:
@@ -99,6 +100,7 @@ def test_a_finished_set_gets_back_what_it_lost(
     assert contents(tmp_path / "set") == contents(generated_set)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("links", [True, False], ids=["hard links", "copies"])
 def test_more_images_keep_those_that_are_there(
     links: bool,
@@ -126,6 +128,7 @@ def test_more_images_keep_those_that_are_there(
     assert again.manifest.metrics["written"] == 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "styled", "kept"),
     [
@@ -155,6 +158,7 @@ def test_images_that_would_differ_are_generated_again(
     assert contents(tmp_path / "set") == contents(tmp_path / "fresh")
 
 
+@pytest.mark.slow
 def test_edited_images_and_metadata_are_not_taken_over(
     generated_set: Path, tiny_engines: Path, tiny_style: Path, tmp_path: Path
 ) -> None:
@@ -187,6 +191,7 @@ class _Refusing:
         return len(images)
 
 
+@pytest.mark.slow
 def test_what_filters_reject_is_resampled_or_dropped(
     tiny_engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,6 +275,7 @@ run_stage(Generate(GenerateSettings(60, 10, batch_size=2), engines, ("a", "b"), 
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was(tiny_engines: Path, tiny_style: Path, tmp_path: Path) -> None:
     out = tmp_path / "synthetic"
     partial = tmp_path / ".synthetic.partial"

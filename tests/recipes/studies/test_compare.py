@@ -34,6 +34,8 @@ from synthkit.recipes.studies.methods import ADAPTED, BRIDGED, FEW_SHOT, PLAIN, 
 from tests.stages import given
 from tests.tiny_students import colour_folders
 
+pytestmark = pytest.mark.slow
+
 COLOURS = ("blue", "green", "red")
 TRAINED = ("mixed", "mixed-half", "joint", "mixed-auxbn", "bridged")
 COMPARED = (  # in the order of the table

@@ -237,6 +237,7 @@ def drawn(workspace: Path) -> dict[str, bytes]:
     return {name: content for name, content in found.items() if name != "manifest.json"}
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_nothing(
     workspace: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,6 +264,7 @@ def test_a_full_disk_loses_nothing(
     assert call(other, *words)[0] == 0 and drawn(other) == drawn(workspace)
 
 
+@pytest.mark.slow
 def test_a_killed_learn_style_goes_on(workspace: Path, photos: Path, tmp_path: Path) -> None:
     words = ["learn-style", "--real-dir", photos, "--steps", "30"]
     words += given("learn-style.init_word=the", "learn-style.batch_size=2")

@@ -39,6 +39,7 @@ def refusal(workspace: Path, *arguments: str | Path) -> str:
     return result.stderr
 
 
+@pytest.mark.slow
 def test_bench_answers_as_the_contract_says(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_bundle, "_COLD_STARTS", 1)
     result = call(workspace, "bench", "--runs", "3", "--warmup", "1", "--threads", "2,1", "--json")

@@ -71,6 +71,7 @@ def test_what_is_no_student_is_refused_in_one_line(workspace: Path) -> None:
         assert result.stderr.startswith("error: ") and "student" in result.stderr
 
 
+@pytest.mark.slow
 def test_all_precisions_are_measured_and_verified(workspace: Path) -> None:
     class_folders(workspace / "synthetic", each=3, seed=7)
     class_folders(workspace / "test", each=3, seed=9)

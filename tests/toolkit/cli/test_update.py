@@ -159,6 +159,7 @@ def test_bad_input_leaves_the_bundle_alone(made: Path, bundle: Path, tmp_path: P
 WITHOUT_TORCH = program("torch", "timm", "sklearn", "torchvision", "transformers", "scipy")
 
 
+@pytest.mark.slow
 def test_torch_is_never_imported(made: Path, bundle: Path) -> None:
     arguments = ["update", bundle, "--real-dir", made / "photos", "--test-dir", made / "test"]
     for words in (arguments, ["rollback", bundle]):
@@ -171,6 +172,7 @@ def test_torch_is_never_imported(made: Path, bundle: Path) -> None:
     assert facts_of(bundle)["version"] == 1  # there and back
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wait_for", ["model.onnx", "bundle.json"])
 def test_killed_in_the_middle_of_writing(made: Path, bundle: Path, wait_for: str) -> None:
     words = ["update", str(bundle), "--real-dir", str(made / "photos"), "--json"]

@@ -58,6 +58,7 @@ def right(student: Student, examples: Examples) -> float:
     return float((logits.argmax(1) == examples.labels).float().mean())
 
 
+@pytest.mark.slow
 def test_it_learns_what_can_be_told_apart(student: Student, examples: Examples, tmp_path: Path) -> None:
     before = loss(student, examples)
     fit(student, examples, FitSettings(steps=50, lr=0.01, batch_size=12, smoothing=0.0))
@@ -67,6 +68,7 @@ def test_it_learns_what_can_be_told_apart(student: Student, examples: Examples, 
     assert not student.model.training
 
 
+@pytest.mark.slow
 def test_it_learns_with_mixup_and_an_odd_batch(student: Student, examples: Examples) -> None:
     fit(student, examples, FitSettings(steps=50, lr=0.01, batch_size=11, mixup=0.2))
     assert right(student, examples) > 0.9

@@ -46,6 +46,7 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(one[key], other[key]) for key in one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -119,6 +120,7 @@ def test_the_weights_that_did_best_on_held_out_photos_are_kept(examples: Example
     assert max(curves["lr"]) == pytest.approx(0.01, rel=0.1)
 
 
+@pytest.mark.slow
 def test_half_precision_stays_near_and_leaves_full_precision_weights(examples: Examples) -> None:
     full, half = fitted(examples, SETTINGS), fitted(examples, replace(SETTINGS, amp=True))
     assert not equal(full, half) and {value.dtype for value in half.values()} <= {torch.float32, torch.int64}
