@@ -7,17 +7,19 @@ Each stage decides for itself whether its inputs have changed (see `synthkit.art
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from synthkit import standalone
 from synthkit.artifacts import Stage, StageResult, plan_stages, read_manifest, run_stages
 from synthkit.config import Given
 from synthkit.data.images import ImageSet, class_synonyms
 from synthkit.engines.diffusion.engines_folder import base_model
-from synthkit.errors import ConfigError
+from synthkit.errors import ConfigError, WorkspaceError, abridged
 from synthkit.recipes.adaptation.adapt import Adapt
 from synthkit.recipes.build_engines import BuildEngines
 from synthkit.recipes.exporting.export import Export, Images
@@ -105,7 +107,8 @@ class ChainSettings:
 
         Args:
             given: by a recipe, `--set` and flags.
-            workspace: may hold engines; they are not rebuilt where no model was asked for.
+            workspace: may hold engines, which are not rebuilt where no model was asked for, and a bundle,
+                whose precisions and target are kept where no others were.
         """
         return cls(
             given.over("build-engines", _engine_settings(given, workspace)),
@@ -114,7 +117,7 @@ class ChainSettings:
             given.over("filter", FilterSettings()),
             given.over("train", TrainSettings()),
             given.over("adapt", AdaptSettings()),
-            given.over("export", ExportSettings()),
+            given.over("export", _export_settings(workspace)),
         )
 
 
@@ -125,6 +128,12 @@ def _engine_settings(given: Given, workspace: Workspace) -> EngineSettings:
         return EngineSettings()
     made = EngineSettings(**manifest.settings["build-engines"])
     return replace(made, model=base_model(workspace.engines))
+
+
+def _export_settings(workspace: Workspace) -> ExportSettings:
+    """The settings that the workspace's bundle was exported with."""
+    manifest = read_manifest(workspace.bundle)
+    return ExportSettings(**manifest.settings.get("export", {})) if manifest else ExportSettings()
 
 
 @dataclass(frozen=True)
@@ -203,12 +212,37 @@ class Chain:
                 "from the set that it would judge; give a student of another workspace, or CLIP"
             )
 
+    def _other_site(self, force: bool) -> bool:
+        """Whether the workspace holds a bundle of other classes; refused unless forced."""
+        folder = self.workspace.bundle
+        try:
+            labels = standalone.read_labels(folder)
+        except (OSError, ValueError):  # there is no bundle, or none that anybody could use
+            return False
+        if labels == list(self.photos.classes):
+            return False
+        if not force:
+            raise WorkspaceError(
+                f"{folder} knows {abridged(labels, 6, ', ')}, and these photos show "
+                f"{abridged(self.photos.classes, 6, ', ')}; name another workspace with --workspace, or replace "
+                "it with --force (it is kept as bundle.previous)"
+            )
+        return True
+
     def run(self, *, force: bool = False) -> Iterator[StageResult]:
         """Make everything that is not made yet, each stage when it is asked for.
 
         Args:
-            force: adapt and export again even when nothing changed.
+            force: adapt and export again even when nothing changed; a bundle of other classes is kept beside
+                the new one, as `bundle.previous`.
+
+        Raises:
+            WorkspaceError: the workspace holds a bundle of other classes.
         """
+        if self._other_site(force):
+            previous = self.workspace.bundle.with_name("bundle.previous")
+            shutil.rmtree(previous, ignore_errors=True)
+            shutil.copytree(self.workspace.bundle, previous)
         return run_stages(self.stages, force=_FORCED if force else ())
 
     def plan(self, *, force: bool = False) -> dict[str, str]:
@@ -216,5 +250,9 @@ class Chain:
 
         Args:
             force: as of `run`.
+
+        Raises:
+            WorkspaceError: as `run`.
         """
+        self._other_site(force)
         return plan_stages(self.stages, force=_FORCED if force else ())

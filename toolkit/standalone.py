@@ -27,6 +27,9 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 CROP_MODES = ("center", "squash", "border")
 
+LABELS = "labels.txt"
+"""File of a bundle with the class names in the order of the logits."""
+
 CONFIDENCE = "confidence.json"
 """File of a bundle that says below which probability an answer is "unknown", where that was fitted."""
 
@@ -279,7 +282,7 @@ def read_inputs(
 
 def read_labels(folder: Path) -> list[str]:
     """The class names of a bundle, in the order of the logits."""
-    return (folder / "labels.txt").read_text(encoding="utf-8").rstrip("\n").split("\n")
+    return (folder / LABELS).read_text(encoding="utf-8").rstrip("\n").split("\n")
 
 
 def read_confidence(folder: Path) -> dict[str, Any]:

@@ -236,6 +236,29 @@ def test_sdxl_is_refused_before_its_engines_are_built(site: Site, tmp_path: Path
     assert not (site.workspace / "engines").exists()
 
 
+def test_photos_of_another_site_do_not_replace_the_bundle_unasked(site: Site) -> None:
+    before = (site.workspace / "bundle" / "bundle.json").read_bytes()
+    (site.root / "few_shots" / "red").rename(site.root / "few_shots" / "rust")
+    for more in ([], ["--dry-run"]):
+        text = refusal(site, ["adapt", *QUICK, *more])
+        assert "bundle knows blue, green, red, and these photos show blue, green, rust" in text
+    assert (site.workspace / "bundle" / "bundle.json").read_bytes() == before
+    site.adapt("--force")
+    assert Bundle.open(site.workspace / "bundle").labels == ("blue", "green", "rust")
+    assert (site.workspace / "bundle.previous" / "bundle.json").read_bytes() == before
+
+
+def test_a_second_run_keeps_what_export_made(site: Site) -> None:
+    exported = site.call("export", "--precision", "fp32,fp16", "--target", "jetpack6")
+    assert exported.exit_code == 0, exported.stderr
+    assert done(site.adapt()) == []
+    assert done(site.adapt("--force")) == STAGES[4:]
+    bundle = site.workspace / "bundle"
+    assert (bundle / "model.fp16.onnx").is_file() and (bundle / "target" / "jetpack6").is_dir()
+    assert done(site.adapt("--set", "export.precision=fp32")) == ["export"]
+    assert not (bundle / "model.fp16.onnx").exists() and (bundle / "target" / "jetpack6").is_dir()
+
+
 def test_force_adapts_and_exports_again(site: Site) -> None:
     assert done(site.adapt("--force")) == STAGES[4:]
 
