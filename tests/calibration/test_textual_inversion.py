@@ -108,7 +108,8 @@ def fixed_loss(parts: DiffusionParts, vectors: np.ndarray) -> float:
 def test_the_loss_falls(parts: DiffusionParts, tmp_path: Path) -> None:
     start = parts.text_encoder.get_input_embeddings().weight[inversion._init_id(parts, "the")]
     token, _ = run(parts, tmp_path, steps=40, batch_size=12)
-    assert fixed_loss(parts, token.vectors) < fixed_loss(parts, start.detach().numpy()[None]) - 0.01
+    # By .013 to .023 over five seeds, from .77.
+    assert fixed_loss(parts, token.vectors) < fixed_loss(parts, start.detach().numpy()[None]) - 0.005
 
 
 class Interrupted(Exception):

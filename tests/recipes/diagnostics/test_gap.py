@@ -81,7 +81,8 @@ def test_sets_of_one_distribution_pass_every_limit(student: Student, real: Image
     assert content.frechet_equal_counts < 1.5 * content.frechet_real_halves
     assert max(abs(one) for one in appearance.offset.values()) < 0.5
     assert abs(appearance.high_frequencies_db) < 1 and content.frechet_count == 36
-    assert content.linear_probe_top1_real > 0.6 and sum(map(sum, content.confusion)) == 120
+    # .60 to .81 over five students, each with photos of its own; by chance 1/3.
+    assert content.linear_probe_top1_real > 0.5 and sum(map(sum, content.confusion)) == 120
 
 
 def test_soft_and_pale_images_are_an_appearance_gap(student: Student, real: ImageSet, tmp_path: Path) -> None:
@@ -113,6 +114,7 @@ def test_a_class_that_is_drawn_as_another_is_found(student: Student, real: Image
     drawn = folder(tmp_path / "s", 40, 1, drawn_as=lambda name: "circle" if name == "cross" else name)
     result = compare(student, drawn, real)
     cross = result.per_class["cross"]
+    # Over five students, each with photos of its own: .03 to .35, and .75 to .93 for the squares.
     assert cross.top1 < 0.5 and cross.most_confused_with == "circle"
     assert result.per_class["square"].top1 > 0.6
     for first in (result.actions.synthetic_only[0], result.actions.added_to_real[0]):
