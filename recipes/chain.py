@@ -224,7 +224,7 @@ class Chain:
         if not force:
             raise WorkspaceError(
                 f"{folder} knows {abridged(labels, 6, ', ')}, and these photos show "
-                f"{abridged(self.photos.classes, 6, ', ')}; name another workspace with --workspace, or replace "
+                f"{abridged(self.photos.classes, 6, ', ')}; name another with --workspace, or replace "
                 "it with --force (it is kept as bundle.previous)"
             )
         return True

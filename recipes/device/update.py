@@ -48,7 +48,7 @@ from synthkit.engines.bundle.replay_buffer import (
 )
 from synthkit.engines.bundle.versions import find_again, install, next_version, work_folder
 from synthkit.engines.runtime.session import open_session
-from synthkit.errors import BundleError, DataError, nearest
+from synthkit.errors import BundleError, DataError, abridged, nearest
 from synthkit.metrics import classification as metrics
 
 log = logging.getLogger(__name__)
@@ -306,15 +306,25 @@ def _refit(
 
 
 def _confidence(data: UpdateData, validation: CrossValidation, asked: Target) -> Confidence:
-    """As asked for; what an earlier version was asked for stays in force where nothing is asked now."""
+    """As asked for; what an earlier version was asked for stays in force where nothing is asked now.
+
+    Only photos that no head has learned count. Replayed photos are held out of the new head, but its prior
+    was trained on these very photos: with them a claimed error of 4 % was one of 23 % on further photos.
+    """
     before = data.bundle.facts.get("confidence") or {}
-    unseen = validation.fresh | (validation.choice.rows >= len(data.photos))
-    logits, labels = validation.choice.logits[unseen], validation.labels[unseen]
-    if asked != Target():
-        return fit_confidence(logits, labels, asked)
+    logits, labels = validation.choice.logits[validation.fresh], validation.labels[validation.fresh]
+    lacking = [name for place, name in enumerate(data.labels) if place not in set(labels.tolist())]
+    target = asked if asked != Target() else Target(**before.get("target", {}))
     try:
-        return fit_confidence(logits, labels, Target(**before.get("target", {})))
+        if lacking and target != Target():
+            raise DataError(
+                f"a threshold needs two new photos or more of every class, for a few classes do not speak for "
+                f"all; {abridged(lacking, 6, ', ')} has none; add photos, or leave the target out"
+            )
+        return fit_confidence(logits, labels, target) if not lacking else Confidence(1.0, None, None, {})
     except DataError as error:
+        if asked != Target():
+            raise
         log.warning("the threshold of the version before stays: %s", error)
         return Confidence(1.0, before["threshold"], before["conformal_threshold"], before)
 
