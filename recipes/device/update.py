@@ -318,10 +318,12 @@ def _confidence(data: UpdateData, validation: CrossValidation, asked: Target) ->
     try:
         if lacking and target != Target():
             raise DataError(
-                f"a threshold needs two new photos or more of every class, for a few classes do not speak for "
-                f"all; {abridged(lacking, 6, ', ')} has none; add photos, or leave the target out"
+                "a threshold needs two new photos or more of every class, for a few do not speak for all; "
+                f"there are none of {abridged(lacking, 6, ', ')}; add photos, or leave the target out"
             )
-        return fit_confidence(logits, labels, target) if not lacking else Confidence(1.0, None, None, {})
+        if lacking:
+            return Confidence(1.0, None, None, {"photos": len(labels)})
+        return fit_confidence(logits, labels, target)
     except DataError as error:
         if asked != Target():
             raise

@@ -262,6 +262,21 @@ def test_thresholds_are_written_kept_and_used(folder: Path, tmp_path: Path) -> N
     assert standalone.read_confidence(folder) == before and verify(folder) == []
 
 
+def test_only_photos_that_no_head_has_learned_count_for_it(folder: Path, tmp_path: Path) -> None:
+    """The replay buffer holds photos of every class, which the present head has learned."""
+    run(folder, photos(tmp_path / "first", each=8, noisy=110), target=Target(error=0.3))
+    assert facts_of(folder)["confidence"]["photos"] == 24
+    limits = standalone.read_confidence(folder)
+    some = photos(tmp_path / "two", CLASSES[:2], 8, 6, noisy=110)
+    state = list_outputs(folder)
+    for target in (Target(error=0.1), Target(coverage=0.9), Target(alpha=0.2)):
+        with pytest.raises(DataError, match=f"or more of every class.* none of {CLASSES[2]};"):
+            run(folder, some, target=target)
+    assert list_outputs(folder) == state, "a target that cannot be kept costs nothing"
+    run(folder, some)  # nothing asked: the limits of the version before stay
+    assert standalone.read_confidence(folder) == limits
+
+
 @pytest.mark.parametrize(
     ("classes", "new", "text"),
     [
