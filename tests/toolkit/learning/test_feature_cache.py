@@ -78,6 +78,17 @@ def test_views_differ_and_clean_photos_are_judged(photos: ImageSet) -> None:
     np.testing.assert_array_equal(views.subset(rows).labels, views.labels[rows])
 
 
+def test_targets_are_smoothed_as_asked(photos: ImageSet) -> None:
+    student = lively_student()
+    student.train_only_last(1)
+    views = extract_features(student, examples(photos, student), split(student).frozen, 2, 0)
+    rows, classes = np.array([4, 1]), len(student.classes)
+    _, targets = views.batch(student, rows, 0, replace(SETTINGS, smoothing=0.3))
+    expected = np.full((2, classes), 0.3 / classes)
+    expected[[0, 1], views.labels[rows]] += 0.7
+    np.testing.assert_allclose(targets, expected, rtol=1e-6)
+
+
 class _Branching(torch.nn.Module):
     """Goes two ways by the values of its input, which a trace cannot follow."""
 
