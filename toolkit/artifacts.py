@@ -466,17 +466,21 @@ def versions() -> dict[str, str]:
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF}
 
 
-def lock(stream: IO[Any]) -> bool:
-    """Take an exclusive lock on an open file, without waiting; it is given back when the file is closed.
+def lock(stream: IO[Any], *, wait: bool = False) -> bool:
+    """Take an exclusive lock on an open file; it is given back when the file is closed.
+
+    Args:
+        stream: the open file.
+        wait: wait for another process that holds the lock.
 
     Returns:
         False where the file system has no locks: the work is done, and a second run would not be noticed.
 
     Raises:
-        BlockingIOError: another process holds the lock.
+        BlockingIOError: another process holds the lock, and `wait` is off.
     """
     try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise

@@ -16,7 +16,6 @@ renames; a kill between them leaves both versions whole beside the name, and the
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import json
 import os
 import shutil
@@ -24,6 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from synthkit import artifacts
 from synthkit.engines.bundle.format import FACTS
 from synthkit.errors import BundleError, WorkspaceError
 
@@ -185,7 +185,7 @@ def lock(folder: Path) -> Iterator[None]:
         raise WorkspaceError(_unwritable(folder, error)) from None
     with stream:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            artifacts.lock(stream)
         except BlockingIOError:
             raise WorkspaceError(f"another run is updating {folder}; wait for it") from None
         yield

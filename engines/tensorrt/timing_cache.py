@@ -7,7 +7,6 @@ nothing else, so trouble with it is a warning.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from synthkit.artifacts import write_bytes
+from synthkit.artifacts import lock, write_bytes
 from synthkit.engines.tensorrt.plan_cache import Machine
 
 log = logging.getLogger(__name__)
@@ -61,5 +60,5 @@ def save_timings(config: Any, path: Path) -> None:
 def _locked(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(f".{path.name}.lock").open("a") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)  # given back when the file is closed
+        lock(stream, wait=True)
         yield

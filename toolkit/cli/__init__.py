@@ -14,12 +14,12 @@ import click
 
 import synthkit
 from synthkit.errors import ConfigError, nearest
-from synthkit.one_line import OneLineErrors
+from synthkit.one_line import OneLineErrors, one_line
 
 COMMANDS = {
     "build-engines": "Turn a diffusion model into engines (once per device).",
     "learn-style": "Learn a style token from a few real photos.",
-    "generate": "Draw synthetic images of every class in the learned style.",
+    "generate": "Generate synthetic images of every class in the learned style.",
     "train": "Train a student on synthetic, then on real images (bridged transfer++).",
     "adapt": "Few photos in, a classifier bundle out: runs whatever is missing.",
     "export": "Write a trained student as a verified bundle.",
@@ -31,7 +31,7 @@ COMMANDS = {
     "bench": "Measure a bundle's speed and memory.",
     "serve": "Answer HTTP requests with a bundle.",
     "compare": "Table of methods, shots and seeds on one data set.",
-    "probe": "Where the synthetic-to-real gap sits, unit by unit.",
+    "probe": "Where the synthetic-to-real gap sits, layer group by layer group.",
     "gap": "Tell how synthetic images differ from real photos.",
     "report": "Write everything of a workspace as one HTML page.",
     "doctor": "Tell what this machine can really run.",
@@ -95,9 +95,18 @@ def main(ctx: click.Context, verbose: bool, quiet: bool, workspace: Path) -> Non
     ctx.obj = workspace
 
 
+class _OneLine(logging.Formatter):
+    """A message is a line, whatever characters the names in it hold; a traceback is left as it is."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return one_line(super().formatMessage(record))
+
+
 def _set_up_messages(verbose: bool, quiet: bool) -> None:
     level = logging.DEBUG if verbose else logging.ERROR if quiet else logging.INFO
-    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING, force=True)
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, force=True)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_OneLine("%(message)s"))
     logging.getLogger("synthkit").setLevel(level)
     if not verbose:  # other libraries' chatter is for --verbose
         logging.getLogger().setLevel(logging.ERROR)

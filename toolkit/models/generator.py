@@ -50,6 +50,11 @@ def resolve_model(name_or_dir: str, *, download: bool = True) -> Path:
     folder = Path(name_or_dir).expanduser()
     if folder.is_dir():
         return _complete(folder)
+    if folder.exists():
+        raise ModelError(
+            f"{folder} is a single file, not a diffusers folder; make one of a checkpoint with diffusers: "
+            "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(DIR)"
+        )
     if _HUB_ID.fullmatch(name_or_dir) and not name_or_dir.startswith("."):
         return _complete(_from_hub(name_or_dir, download))
     raise ModelError(
@@ -81,9 +86,9 @@ def refuse_two_encoders(folder: Path) -> None:
 def _complete(folder: Path) -> Path:
     """Return the folder if it holds a whole Stable Diffusion pipeline in safetensors."""
     if not (folder / INDEX).is_file():
-        raise ModelError(
-            f"{folder} is not a diffusers folder: it holds no {INDEX}; give one with --model DIR"
-        )
+        whole = sorted(path.parent for path in folder.glob(f"snapshots/*/{INDEX}"))
+        meant = f"--model {whole[-1]}" if whole else "one with --model DIR"
+        raise ModelError(f"{folder} is not a diffusers folder: it holds no {INDEX}; give {meant}")
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         kind = index.get("_class_name")

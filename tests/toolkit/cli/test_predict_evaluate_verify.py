@@ -63,7 +63,25 @@ def test_predict_lists_every_bad_file_in_one_line(workspace: Path, tmp_path: Pat
     (tmp_path / "text.jpg").write_text("x")
     line = refusal(workspace, "predict", tmp_path / "text.jpg", tmp_path / "absent.png")
     assert "2 file(s)" in line and "text.jpg (not an image)" in line and "absent.png (no such file)" in line
+    assert "--skip-bad" not in line, "advice that this command does not take"
     assert call(workspace, "predict").exit_code == 2
+
+
+def test_bad_files_stop_nothing_and_are_listed_at_the_end(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("synthkit.cli.predict._CHUNK", 2)
+    photos = class_folders(tmp_path / "photos")
+    whole = answer(workspace, "predict", photos)
+    (photos / "pointer.jpg").write_text("version https://git-lfs.github.com/spec/v1\n")
+    (photos / "list.csv").write_text("bookkeeping")
+    result = call(workspace, "predict", photos, tmp_path / "absent.png", "--json")
+    assert result.exit_code == 1
+    data = json.loads(result.stdout)
+    assert data["predictions"] == whole["predictions"] and len(data["predictions"]) == 6
+    assert [Path(one["path"]).name for one in data["failures"]] == ["pointer.jpg", "absent.png"]
+    text = call(workspace, "predict", photos, tmp_path / "absent.png").stdout.splitlines()
+    assert len(text) == 7 and text[-1].startswith("2 file(s) cannot be used as images: ")
 
 
 def test_evaluate_measures_each_class(workspace: Path, tmp_path: Path) -> None:

@@ -122,3 +122,17 @@ def test_a_broken_classes_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "classes.toml").write_text('"7" = 7\n')
     with pytest.raises(ConfigError, match="7 = 7 must be words"):
         known_prompt_names(tmp_path)
+
+
+def test_what_exists_on_disk_never_goes_to_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generator, "_from_hub", lambda *_: pytest.fail("asked the hub"))
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "single.safetensors").write_bytes(b"weights")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match=r"is a single file, not a diffusers folder; .*from_single_file"):
+        resolve_model("models/single.safetensors")
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "0a1b"
+    snapshot.mkdir(parents=True)
+    (snapshot / "model_index.json").write_text("{}")
+    with pytest.raises(ModelError, match=rf"give --model {snapshot}"):
+        resolve_model(str(tmp_path / "models--org--name"))
