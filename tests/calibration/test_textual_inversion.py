@@ -243,6 +243,7 @@ def test_an_interrupted_fit_of_every_kind_ends_as_an_uninterrupted_one(
     assert (again.losses, again.held_out) == (whole.losses, whole.held_out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mixed", "kind"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
 def test_mixed_precision_learns_nearly_the_same(
     parts: DiffusionParts, tiny_model: Path, tmp_path: Path, mixed: str, kind: torch.dtype
@@ -353,6 +354,7 @@ def test_the_control_is_as_long_as_a_word_and_owes_nothing_to_the_photos(
     assert not any(np.allclose(one.token.vectors, control.token.vectors) for one in others)
 
 
+@pytest.mark.slow
 def test_a_second_token_is_learned_beside_the_first(
     parts: DiffusionParts, tiny_model: Path, tmp_path: Path
 ) -> None:

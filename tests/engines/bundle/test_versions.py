@@ -173,6 +173,7 @@ print(json.dumps(seen))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("job", ["install", "rollback"])
 @pytest.mark.parametrize("way", ["exchange", "renames"])
 def test_killed_before_every_single_step(folder: Path, way: str, job: str) -> None:

@@ -57,6 +57,7 @@ def test_the_loop_is_that_of_diffusers(kind: str, tiny_style: Path, request: pyt
         assert np.abs(np.clip(got / 2 + 0.5, 0, 1) - wanted).max() < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers of NumPy
 @pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
 def test_the_loop_follows_other_schedulers(

@@ -60,6 +60,7 @@ def header(plan: Path) -> dict[str, Any]:
     return content
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flavour", EACH_FLAVOUR)
 @pytest.mark.parametrize("component", PLANNED)
 def test_a_plan_is_built_verified_and_written(

@@ -223,6 +223,7 @@ RUN_CALLS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", RUN_CALLS)
 def test_a_call_that_fails_while_running(opened: tuple[TensorRtSession, Path, Fakes], call: str) -> None:
     session, _, fakes = opened
@@ -275,6 +276,7 @@ def test_a_type_that_cannot_be_fed(
         open_plan(folder, "vae_decoder")
 
 
+@pytest.mark.slow
 def test_a_damaged_or_foreign_plan_never_reaches_tensorrt(
     half_engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

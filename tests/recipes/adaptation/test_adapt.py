@@ -143,6 +143,7 @@ def test_the_curves_of_the_path_are_kept(trained: Path, photos: ImageSet, tmp_pa
     assert len(curves["loss"]) == len(curves["lr"]) == result.manifest.metrics["steps"] == 8
 
 
+@pytest.mark.slow
 def test_all_layers_are_stopped_early_once_they_fall_behind(good: Student, photos: ImageSet) -> None:
     examples = Examples(photos, good.preprocessing)
     chosen = select_strategy(AdaptationTask(StartingStudent(good, True, None), examples, SETTINGS, TRAINING))
@@ -162,6 +163,7 @@ def test_all_layers_that_keep_up_are_judged_on_every_photo(good: Student, photos
     assert full.evaluated.all() and full.top1 == full.correct.mean()
 
 
+@pytest.mark.slow
 def test_a_path_that_was_stopped_early_is_not_taken(
     good: Student, photos: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,6 +236,7 @@ def test_a_student_that_cannot_be_cut_is_adapted_all_the_same(
     assert moved(result.out, student) == {"fc.weight", "fc.bias"}
 
 
+@pytest.mark.slow
 def test_the_full_path_ends_where_train_does(trained: Path, photos: ImageSet, tmp_path: Path) -> None:
     taken = run(trained, photos, tmp_path / "taken", strategy="full").out
     assert not moved(taken, trained)
@@ -241,6 +244,7 @@ def test_the_full_path_ends_where_train_does(trained: Path, photos: ImageSet, tm
     assert not moved(run(alone, photos, tmp_path / "followed", strategy="full").out, trained)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "steps"), [("synthetic", 2), ("bridged", 2), ("bridged++", 3)])
 def test_only_bridged_transfer_of_these_settings_is_taken_for_the_full_path(
     home: Path, photos: ImageSet, tmp_path: Path, method: str, steps: int

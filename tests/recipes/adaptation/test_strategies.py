@@ -78,6 +78,7 @@ def test_one_pass_sees_what_a_pass_per_path_sees(kind: str, photos: ImageSet) ->
             torch.testing.assert_close(one, other)
 
 
+@pytest.mark.slow
 def test_the_frozen_layers_see_the_photos_once_for_all_paths_and_folds(
     photos: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,6 +146,7 @@ def test_all_layers_get_a_random_head_unless_another_one_is_asked_for(photos: Im
     assert torch.equal(prepare(Strategy.FULL, task(photos, head="keep")).student.model.fc.weight, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", [*LAST, Strategy.FULL])
 @pytest.mark.parametrize("knows_classes", [True, False])
 def test_a_new_head_means_zeros_for_every_strategy(
@@ -262,6 +264,7 @@ def spoiling(photos: ImageSet, tmp_path: Path) -> tuple[Path, AdaptSettings]:
     return tmp_path / "student", replace(SETTINGS, strategy="last-1", head="new", adapt_lr=1e-9)
 
 
+@pytest.mark.slow
 def test_a_path_that_makes_the_student_worse_is_not_taken_in_silence(
     photos: ImageSet, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -275,6 +278,7 @@ def test_a_path_that_makes_the_student_worse_is_not_taken_in_silence(
     assert "last-1 does worse than the student as it was" in caplog.text
 
 
+@pytest.mark.slow
 def test_left_to_itself_adapt_is_never_worse_than_the_parent(photos: ImageSet, tmp_path: Path) -> None:
     student, settings = spoiling(photos, tmp_path)
     auto = replace(settings, strategy="auto")
@@ -302,6 +306,7 @@ def test_with_one_photo_nothing_can_be_said_of_a_path(tmp_path: Path) -> None:
     assert "nothing says whether it helps" in choice.reason and not choice.cross_validation
 
 
+@pytest.mark.slow
 def test_copies_do_not_judge_themselves(photos: ImageSet, tmp_path: Path) -> None:
     """A photo held out of a fold must not have a copy in it."""
     for item in photos.items:

@@ -223,6 +223,7 @@ def test_what_filters_reject_is_resampled_or_dropped(
     assert len(rejected) == metrics["rejected"] and (tmp_path / "one" / ".rejected" / "class.png").is_file()
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_nothing(
     generated_set: Path, tiny_engines: Path, tiny_style: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

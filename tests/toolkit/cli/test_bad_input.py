@@ -160,6 +160,7 @@ def test_a_name_that_is_nearly_a_bundled_model(
     )
 
 
+@pytest.mark.slow
 def test_a_hub_model_without_network_names_the_local_folder(tmp_path: Path, photos: Path) -> None:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
     words = ["--workspace", tmp_path / "w", "adapt", "--real-dir", photos, "--model", "someone/some-model"]

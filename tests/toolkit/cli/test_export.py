@@ -117,6 +117,7 @@ def spoil(path: Path) -> None:
     onnx.save(model, path)
 
 
+@pytest.mark.slow
 def test_a_precision_that_costs_too_much_is_no_default(
     workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

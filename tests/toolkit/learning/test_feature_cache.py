@@ -30,6 +30,7 @@ def examples(photos: ImageSet, student: Student) -> Examples:
     return Examples(photos.with_classes(student.classes), student.preprocessing)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("units", [1, 2, 4])
 def test_the_result_is_that_of_the_plain_loop_on_the_same_views(
