@@ -28,15 +28,6 @@ SETTINGS = TrainSettings(student="test_resnet", epochs=2, real_steps=3, batch_si
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> TrainingData:
-    home = tmp_path_factory.mktemp("data")
-    return TrainingData(
-        ImageSet.scan(colour_folders(home / "synthetic", CLASSES, each=4)),
-        ImageSet.scan(colour_folders(home / "few_shots", CLASSES, each=2, seed=1, side=40)),
-    )
-
-
-@pytest.fixture(scope="module")
 def made(data: TrainingData, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(SETTINGS, data, tmp_path_factory.mktemp("train") / "student").out
 

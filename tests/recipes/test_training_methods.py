@@ -26,19 +26,10 @@ from synthkit.learning.students import SYNTHETIC, load_student
 from synthkit.recipes.settings import TrainSettings
 from synthkit.recipes.train import BRIDGED, METHODS, TrainingData
 from tests.stages import given, key, train, train_stage
-from tests.tiny_students import CLASSES, colour_folders, lively_student
+from tests.tiny_students import colour_folders, lively_student
 
 SETTINGS = TrainSettings(student="test_resnet", epochs=2, real_steps=3, batch_size=8)
 Runs = list[tuple[str, Any, FitSettings]]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> TrainingData:
-    home = tmp_path_factory.mktemp("data")
-    return TrainingData(
-        ImageSet.scan(colour_folders(home / "synthetic", CLASSES, each=4)),
-        ImageSet.scan(colour_folders(home / "few_shots", CLASSES, each=2, seed=1, side=40)),
-    )
 
 
 @pytest.fixture
