@@ -34,6 +34,7 @@ def photos_with_a_stray(tmp_path: Path) -> Path:
     return data
 
 
+@pytest.mark.slow
 def test_the_result_holds_the_top1_of_its_bundles(photos_with_a_stray: Path, tmp_path: Path) -> None:
     lively_student().save(tmp_path / "weights")
     folders = {"--data": photos_with_a_stray, "--weights": tmp_path / "weights", "--work": tmp_path / "w"}

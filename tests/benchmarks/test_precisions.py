@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
 
 from benchmarks.precisions import main
@@ -12,6 +13,7 @@ from synthkit.engines.bundle.format import read_facts
 from tests.tiny_students import class_folders, lively_student
 
 
+@pytest.mark.slow
 def test_the_table_holds_the_measurements_of_export(tmp_path: Path) -> None:
     lively_student().save(tmp_path / "test_resnet")
     class_folders(tmp_path / "colours" / "train", each=4, seed=1)

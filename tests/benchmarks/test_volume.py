@@ -25,6 +25,7 @@ from tests.tiny_students import colour_folders
 COLOURS = ("blue", "green", "red")
 
 
+@pytest.mark.slow
 def test_the_smaller_sets_lie_within_the_larger_and_all_get_as_many_steps(
     tmp_path: Path, tiny_model: Path
 ) -> None:
