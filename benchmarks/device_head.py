@@ -175,7 +175,7 @@ def add_class(place: Place, added: ImageSet, shots: int, name: str, test_dir: Pa
         "new_class": measured["per_class"][name],
         "old_before": old["before"],
         "old_after": old["after"],
-        "remembered": measured["remembered"],
+        "replayed": measured["replayed"],
         "process_seconds": measured["process_seconds"],
     }
 

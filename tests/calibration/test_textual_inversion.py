@@ -155,9 +155,9 @@ def test_a_fit_that_was_killed_after_its_last_step_is_done(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"init_word": "zebra"}, r"init word 'zebra' is 5 tokens .* --init-word"),
+        ({"init_word": "zebra"}, r"init word 'zebra' is 5 tokens .* learn-style.init_word=WORD"),
         ({"token": "the</w>"}, r"already knows the token .* --token"),
-        ({"vectors": 60}, r"is longer than the model's 77 tokens; give shorter words .* or fewer --vectors"),
+        ({"vectors": 60}, r"is longer than the model's 77 tokens; give shorter words .* smaller learn-style.vectors"),
     ],
 )
 def test_what_cannot_be_learned_is_refused(
@@ -317,7 +317,7 @@ def test_held_out_photos_are_never_learned_from_and_meet_the_same_noise(
 
 
 def test_nothing_can_be_held_out_of_single_photos(parts: DiffusionParts, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--early-stop holds photos out, but no class has two of the 4"):
+    with pytest.raises(ConfigError, match=r"early_stop holds photos out, but no class has two of the 4"):
         run(parts, tmp_path, early_stop=1)
 
 

@@ -185,7 +185,7 @@ def test_a_gpu_that_is_not_there_is_refused(
     tiny_model: Path, photos: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match="--device cuda, but torch finds no GPU"):
+    with pytest.raises(ConfigError, match="device = cuda, but torch finds no GPU"):
         learn(tiny_model, photos, tmp_path / "style", device="cuda")
 
 

@@ -268,7 +268,7 @@ def test_bad_choices_without_photos(filters: str, message: str) -> None:
 
 @pytest.mark.parametrize("quantile", [-0.1, 1.5])
 def test_a_quantile_is_a_share(photos: ImageSet, quantile: float) -> None:
-    with pytest.raises(ConfigError, match=rf"--filter-quantile {quantile}: .*from 0 to 1"):
+    with pytest.raises(ConfigError, match=rf"filter_quantile = {quantile}: .*from 0 to 1"):
         chosen_filters(settings("blank", filter_quantile=quantile))
 
 

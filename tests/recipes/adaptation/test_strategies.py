@@ -127,7 +127,7 @@ def test_class_means_come_from_the_photos_that_are_learned(
 def test_class_means_need_a_linear_head(photos: ImageSet) -> None:
     student = lively_student(0, COLOURS)
     student.model.fc = torch.nn.Linear(student.model.fc.in_features, 3, bias=False)
-    with pytest.raises(ModelError, match="not linear with a bias; use --head new"):
+    with pytest.raises(ModelError, match=r"not linear with a bias; use --set adapt.head=new"):
         head_from_means(student, "fc", Examples(photos, student.preprocessing), photos.labels)
 
 

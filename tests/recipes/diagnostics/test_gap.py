@@ -96,7 +96,7 @@ def test_soft_and_pale_images_are_an_appearance_gap(student: Student, real: Imag
     alone = result.actions.synthetic_only
     assert alone[0].gap == "appearance" and len(alone) == 3
     assert any("the images are soft" in one.action for one in alone)
-    assert any("--vectors" in one.action for one in alone)
+    assert any("learn-style.vectors" in one.action for one in alone)
 
 
 def test_a_single_look_asks_for_more_tokens(student: Student, real: ImageSet, tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_advice_depends_on_whether_the_images_crowd_or_stray() -> None:
     assert advice() == Actions([], [])
     (crowded,) = advice(coverage=0.5, diversity=0.9).synthetic_only
     (strayed,) = advice(coverage=0.5, diversity=1.2).synthetic_only
-    assert "--guidance" in crowded.action and "--init real" in strayed.action
+    assert "--guidance" in crowded.action and "generate.init=real" in strayed.action
     assert "50% of the photos" in strayed.reason and "100%" in strayed.reason
 
 

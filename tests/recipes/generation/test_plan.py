@@ -127,7 +127,7 @@ def test_a_class_without_photos_cannot_start_from_them(photos: ImageSet) -> None
     with pytest.raises(DataError, match="no photo of class 'b' to start from"):
         make_plan(GenerateSettings(init="real"), {"7": "x", "b": "y"}, (), photos)
     with pytest.raises(
-        ConfigError, match="--init real starts from photos; name their folder with --real-dir"
+        ConfigError, match=r"generate.init = real starts from photos; name their folder with --real-dir"
     ):
         plan(init="real")
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -224,8 +225,12 @@ def test_a_workspace_that_cannot_be_written_is_refused(photos: Path, tmp_path: P
 def test_a_read_only_workspace_is_refused(
     workspace: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def read_only(self: Path, *arguments: object, **others: object) -> None:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+    usual = Path.open
+
+    def read_only(self: Path, *arguments: Any, **others: Any) -> Any:
+        if self.is_relative_to(workspace):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+        return usual(self, *arguments, **others)
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", read_only)
