@@ -157,7 +157,7 @@ def test_a_fit_that_was_killed_after_its_last_step_is_done(
     [
         ({"init_word": "zebra"}, r"init word 'zebra' is 5 tokens .* learn-style.init_word=WORD"),
         ({"token": "the</w>"}, r"already knows the token .* --token"),
-        ({"vectors": 60}, r"is longer than the model's 77 tokens; give shorter words .* smaller learn-style.vectors"),
+        ({"vectors": 60}, r"longer than the model's 77 tokens; give shorter words .* learn-style.vectors"),
     ],
 )
 def test_what_cannot_be_learned_is_refused(
