@@ -15,7 +15,7 @@ _RESTARTS = 10  # of k-means
 
 
 def cluster_by_style(latents: np.ndarray, labels: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Group photos by their looks.
+    """Group photos by their appearance.
 
     Args:
         latents: float [N, C, h, w].
@@ -42,7 +42,7 @@ def cluster_by_style(latents: np.ndarray, labels: np.ndarray, count: int, seed: 
 
 
 def style_features(latents: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Features of the look [N, 2 C]: each channel's mean and standard deviation, the class taken off.
+    """Features of the appearance [N, 2 C]: each channel's mean and standard deviation, the class taken off.
 
     They keep the units of the latents, in which a channel counts by how much it varies. Standardised, those
     that tell nothing apart would count as much.
@@ -56,7 +56,7 @@ def style_features(latents: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def class_effects(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """How far each image's class shifts its features [N, D]: best linear unbiased prediction.
+    """Shift by each image's class of its features [N, D]: best linear unbiased prediction.
 
     With a few photos a class mean is mostly chance, so it counts by the share of variance that classes
     explain beyond chance (one-way analysis of variance, Searle et al. 1992). Where every class has one photo,

@@ -21,7 +21,7 @@ import numpy as np
 
 from synthkit.artifacts import FunctionStage, Key, run_stage, versions
 from synthkit.data.images import ImageSet
-from synthkit.data.splits import check_disjoint, draw, stratified_folds
+from synthkit.data.splits import check_disjoint, sample, stratified_folds
 from synthkit.errors import ConfigError, DataError, ModelError, nearest
 from synthkit.metrics.classification import top1, wilson_interval
 from synthkit.recipes.adaptation.strategies import (
@@ -401,7 +401,7 @@ def curve(probe: Probe, count: int) -> Iterator[CurvePoint]:
 def share(images: ImageSet, fraction: float, seed: int) -> ImageSet:
     """A share of every class, at least one image; a larger share of the same seed contains the smaller."""
     numbers = [max(1, math.floor(fraction * number)) for number in images.counts().values()]
-    return images.subset(draw(images, numbers, seed))
+    return images.subset(sample(images, numbers, seed))
 
 
 def efficiency(probe: Probe, settings: AdaptSettings) -> Iterator[EfficiencyPoint]:

@@ -90,7 +90,7 @@ def class_folders(root: Path, fewest: int) -> dict[str, list[Path]]:
 
 
 def list_images(folder: Path) -> Listing:
-    """What a class folder and the folders in it hold, in the order of the names."""
+    """Contents of a class folder and of the folders in it, in the order of the names."""
     listing = Listing()
 
     def cannot_list(error: OSError) -> None:
@@ -125,7 +125,7 @@ def _is_bookkeeping(path: Path) -> bool:
 
 
 def _is_sidecar(path: Path, stems: set[str]) -> bool:
-    """Whether a file goes with an image of its name: a raw file, a short film, an edit list."""
+    """True if a file goes with an image of its name: a raw file, a short film, an edit list."""
     return path.suffix.lower() not in _COMMON_IMAGES and bool(path.suffix) and path.stem in stems
 
 
@@ -157,7 +157,7 @@ def _refuse_other_levels(root: Path, folders: Sequence[Path], fewest: int) -> No
 
 
 def _meant(root: Path, parts: Sequence[Path]) -> str:
-    """What was most likely meant where the root of a data set was given."""
+    """Hint at the folder most likely meant where the root of a data set was given."""
     names = {path.name.lower(): path for path in parts}
     photos = next((names[name] for name in _TRAIN if name in names), None)
     test = next((names[name] for name in _TEST if name in names), None)

@@ -32,7 +32,7 @@ CLASS_WORDS = "classes.toml"
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes a student's input, in the words of timm's data config.
+    """Conversion of an image to a student's input, in the words of timm's data config.
 
     Attributes:
         input_size: (channels, height, width).

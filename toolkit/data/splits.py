@@ -58,7 +58,7 @@ def stratified_folds(labels: np.ndarray, k: int, seed: int) -> list[tuple[np.nda
     Args:
         labels: class index per image.
         k: number of folds at the most.
-        seed: of the draw.
+        seed: of the sample.
     """
     sizes = np.bincount(labels)
     count = min(k, int(sizes.max()))
@@ -75,14 +75,14 @@ def stratified_folds(labels: np.ndarray, k: int, seed: int) -> list[tuple[np.nda
 
 
 def k_shot(images: ImageSet, shots: int, seed: int) -> np.ndarray:
-    """Positions of a few images of every class; a larger draw of the same seed contains the smaller ones.
+    """Positions of a few images of every class; a larger sample of the same seed contains the smaller ones.
 
     Of exact copies one is drawn at the most.
 
     Args:
         images: where to draw from.
         shots: images per class.
-        seed: of the draw; the order within a class is that of a hash of seed and content.
+        seed: of the sample; the order within a class is that of a hash of seed and content.
 
     Raises:
         DataError: a class has fewer images.
@@ -90,16 +90,16 @@ def k_shot(images: ImageSet, shots: int, seed: int) -> np.ndarray:
     few = [f"{name} has {number}" for name, number in images.distinct().counts().items() if number < shots]
     if few:
         raise DataError(f"{shots} images per class were asked for, but {', '.join(few)}; ask for fewer")
-    return draw(images, [shots] * len(images.classes), seed)
+    return sample(images, [shots] * len(images.classes), seed)
 
 
-def draw(images: ImageSet, numbers: Sequence[int], seed: int) -> np.ndarray:
+def sample(images: ImageSet, numbers: Sequence[int], seed: int) -> np.ndarray:
     """Positions of so many images of each class; like `k_shot`, but for other numbers.
 
     Args:
         images: where to draw from.
         numbers: images of each class; where it has fewer, all of them.
-        seed: of the draw.
+        seed: of the sample.
     """
     first = {item.sha256: position for position, item in reversed(list(enumerate(images.items)))}
     order = [hashlib.sha256(f"{seed}/{item.sha256}".encode()).digest() for item in images.items]

@@ -1,1 +1,1 @@
-"""How a student learns: networks, data, the training loop."""
+"""Training of a student: networks, data, the training loop."""

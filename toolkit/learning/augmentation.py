@@ -1,4 +1,4 @@
-"""What happens to images and labels before a gradient step: random views, Mixup, soft targets."""
+"""Changes of images and labels before a gradient step: random views, Mixup, soft targets."""
 
 from __future__ import annotations
 

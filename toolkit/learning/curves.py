@@ -19,7 +19,7 @@ class Curves:
     Attributes:
         loss: training loss of every gradient step.
         lr: learning rate of every gradient step, the highest of a layer.
-        validation: (gradient steps done, top-1 on the held-out photos) of every look at them.
+        validation: (gradient steps done, top-1 on the held-out photos) of every evaluation on them.
     """
 
     loss: list[float] = field(default_factory=list)
@@ -33,16 +33,18 @@ class Curves:
             found = json.loads(path.read_text(encoding="utf-8")) if path else {}
         except (OSError, ValueError):
             found = {}
-        looks = [(int(step), float(top1)) for step, top1 in found.get("validation", []) if step <= steps]
-        return cls(found.get("loss", [])[:steps], found.get("lr", [])[:steps], looks)
+        evaluations = [
+            (int(step), float(top1)) for step, top1 in found.get("validation", []) if step <= steps
+        ]
+        return cls(found.get("loss", [])[:steps], found.get("lr", [])[:steps], evaluations)
 
     def add_step(self, loss: float, lr: float) -> None:
         """One more gradient step."""
         self.loss.append(float(f"{loss:.{_DIGITS}g}"))
         self.lr.append(float(f"{lr:.{_DIGITS}g}"))
 
-    def add_look(self, steps: int, top1: float) -> bool:
-        """One more look at the held-out photos; says whether it is the best so far, as the last of equals."""
+    def add_evaluation(self, steps: int, top1: float) -> bool:
+        """Add an evaluation on the held-out photos; True if it is the best so far, as the last of equals."""
         best = all(top1 >= before for _, before in self.validation)
         self.validation.append((steps, top1))
         return best

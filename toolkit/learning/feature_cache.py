@@ -91,7 +91,7 @@ def split(student: Student) -> Split:
     """Cut a student before the first layer that has a parameter to train.
 
     Args:
-        student: as `Student.train_only_last` left it, with at least one unit to train.
+        student: as `Student.train_only_last` left it, with at least one layer group to train.
 
     Raises:
         NotImplementedError: torch.fx cannot follow the model's code, or the parts do not compute the same.
@@ -106,24 +106,24 @@ def split(student: Student) -> Split:
 
 
 def before_last(student: Student, counts: Sequence[int]) -> tuple[Layers, dict[int, slice]]:
-    """What `split` calls frozen, for several numbers of last units in one pass.
+    """The frozen part of `split`, for several numbers of last layer groups in one pass.
 
     Args:
         student: any.
-        counts: how many units are trained, counted from the head, each at least 1.
+        counts: number of layer groups that are trained, counted from the head, each at least 1.
 
     Returns:
-        Images [N, 3, H, W] -> what crosses into the last units of every count, one after the other; and the
+        Images [N, 3, H, W] -> what crosses into the last groups of every count, one after the other; and the
         place of each count's in it.
 
     Raises:
         NotImplementedError: torch.fx cannot follow the model's code.
     """
-    traced, units = _trace(student), student.layer_groups()
+    traced, groups = _trace(student), student.layer_groups()
     crossing: list[Node] = []
     places, latest = {}, set(traced.graph.nodes)
     for count in counts:
-        late = _following(traced, {name for unit in units[-count:] for name in unit})
+        late = _following(traced, {name for group in groups[-count:] for name in group})
         begin = len(crossing)
         crossing += [node for node in traced.graph.nodes if _crosses(node, late)]
         places[count] = slice(begin, len(crossing))
@@ -152,7 +152,7 @@ def _check_parity(student: Student, frozen: Layers, trained: torch.nn.Module) ->
 
 
 def _crosses(node: Node, late: set[Node]) -> bool:
-    """Whether a node's value, other than a constant, goes from the frozen to the trained layers."""
+    """True if a node's value, other than a constant, goes from the frozen to the trained layers."""
     return (
         node.op not in ("get_attr", "placeholder") and node not in late and any(n in late for n in node.users)
     )
@@ -193,7 +193,7 @@ class _Tracer(Tracer):
     """Takes modules whole that own parameters, as timm's fused norm layers do, or that timm cannot trace."""
 
     def is_leaf_module(self, m: torch.nn.Module, module_qualified_name: str) -> bool:
-        """Whether a module becomes one node of the graph."""
+        """True if a module becomes one node of the graph."""
         owns = next(m.parameters(recurse=False), None) is not None
         return owns or type(m) in get_notrace_modules() or super().is_leaf_module(m, module_qualified_name)
 
@@ -239,7 +239,7 @@ def _joined(chunks: list[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
 
 
 def takes_means(head: torch.nn.Module) -> bool:
-    """Whether `head_from_means` can set this head."""
+    """True if `head_from_means` can set this head."""
     return isinstance(head, torch.nn.Linear) and head.bias is not None
 
 

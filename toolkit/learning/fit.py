@@ -35,13 +35,13 @@ from synthkit.learning.students import Student
 # Decoded sets below this many bytes stay in memory; larger ones are decoded batch by batch.
 _IN_MEMORY = 2 << 30
 _CHECKPOINT_EVERY = 200
-_LOOKS = 10  # at the held-out photos in a run
+_EVALUATIONS = 10  # on the held-out photos in a run
 _WARM_UP = 0.05  # share of the steps that raise the learning rate
 
 
 @dataclass(frozen=True)
 class FitSettings:
-    """How `fit` trains.
+    """Settings of `fit`.
 
     Attributes:
         steps: gradient steps.
@@ -54,7 +54,7 @@ class FitSettings:
         seed: of order, augmentation and Mixup.
         opt: timm's name of the optimiser.
         schedule: "one-cycle" (see `one_cycle`), or timm's name of a schedule.
-        layer_decay: share of the learning rate that each unit gets of the next one's; 1: all the same.
+        layer_decay: share of the learning rate that each layer group gets of the next one's; 1: all the same.
         ema: decay of the moving average of weights that is kept instead of the last ones; 0: off.
         augment: see `random_views`.
         amp: forward passes in bfloat16.
@@ -81,7 +81,7 @@ class FitSettings:
 
 
 class BatchSource(Protocol):
-    """What `fit` draws its batches from."""
+    """Source of the batches of `fit`."""
 
     def __len__(self) -> int:
         """Number of images."""
@@ -199,7 +199,7 @@ def fit(
         checkpoint: file that lets an interrupted run go on.
         watch: (n, call) calls with the number of steps done after every n steps, before the first and after
             the last.
-        curves: file for losses, learning rates and looks at the held-out photos.
+        curves: file for losses, learning rates and evaluations on the held-out photos.
         held_out: top-1 of the student, as it is when called, on photos that it does not learn from; the
             weights are kept that did best, the last of equal ones.
 
@@ -212,14 +212,14 @@ def fit(
         return
     run = _Run(student, settings, label, checkpoint, curves, held_out)
     order = _order(len(data), settings)
-    looks = max(1, settings.steps // _LOOKS)
+    interval = max(1, settings.steps // _EVALUATIONS)
     for step in tqdm(range(settings.steps), label, disable=None, leave=False):
         picked = next(order)
         if step < run.start:
             continue
         run.learn(step, *data.batch(student, picked, step, settings))
-        if (step + 1) % looks == 0 or step + 1 == settings.steps:
-            run.look(step + 1)
+        if (step + 1) % interval == 0 or step + 1 == settings.steps:
+            run.evaluate(step + 1)
         if (step + 1) % _CHECKPOINT_EVERY == 0:
             run.keep(step + 1)
         if watch and ((step + 1) % watch[0] == 0 or step + 1 == settings.steps):
@@ -229,7 +229,7 @@ def fit(
 
 
 class _Run:
-    """What a run of `fit` holds from one gradient step to the next; the arguments are those of `fit`."""
+    """State of a run of `fit` from one gradient step to the next; the arguments are those of `fit`."""
 
     def __init__(
         self,
@@ -267,12 +267,12 @@ class _Run:
             self._ema.update(self._model, step)
         self._curves.add_step(loss, max(group["lr"] for group in self._optimizer.param_groups))
 
-    def look(self, steps: int) -> None:
+    def evaluate(self, steps: int) -> None:
         """Classify the held-out photos, if any, and remember the weights that did best."""
         if not self._held_out:
             return
         with self.averaged():
-            if self._curves.add_look(steps, self._held_out()):
+            if self._curves.add_evaluation(steps, self._held_out()):
                 self._modules["best"].load_state_dict(self._model.state_dict())
 
     @contextmanager
@@ -324,7 +324,7 @@ def _optimizer(model: torch.nn.Module, settings: FitSettings) -> torch.optim.Opt
 
 
 def _schedule(optimizer: torch.optim.Optimizer, settings: FitSettings) -> Callable[[int], None]:
-    """What sets the learning rates before a gradient step, from the number of those done."""
+    """Setter of the learning rates before a gradient step, from the number of those done."""
     if settings.schedule != "one-cycle":
         scheduler, _ = create_scheduler_v2(
             optimizer,

@@ -15,7 +15,7 @@ _SYNTHETIC_STREAM = 1 << 40  # keeps the synthetic images' random numbers apart 
 
 @dataclass(frozen=True)
 class MixedBatches:
-    """What `fit` draws batches of both kinds from.
+    """Source of batches of both kinds for `fit`.
 
     Attributes:
         real: the photos.

@@ -1,4 +1,4 @@
-"""Students: timm classifiers with their classes, preprocessing and units (stem, blocks, head).
+"""Students: timm classifiers with their classes, preprocessing and layer groups (stem, blocks, head).
 
 A student's folder is timm's own (`config.json`, `model.safetensors`), so `timm.create_model("local-dir:DIR")`
 loads it without synthkit.
@@ -24,13 +24,25 @@ from timm.models import group_parameters
 from synthkit.artifacts import read_manifest, write_bytes, write_json
 from synthkit.data.images import ImageSet, Preprocessing
 from synthkit.errors import ConfigError, ModelError, nearest
-from synthkit.learning.architectures import nearest_architecture
 
 log = logging.getLogger(__name__)
 
 #: Subfolder of what `train` writes: the student before it saw a real photo.
 SYNTHETIC = "synthetic"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+# A tensor that tells a family, and its members that people take to devices or most often have weights of.
+# Each one tried costs about half a second, and only where weights were refused.
+_FAMILIES = {
+    "layer1.0.conv1.weight": "resnet10t resnet14t resnet18 resnet26 resnet34 resnet50 resnet101",
+    "conv_stem.weight": (
+        "mobilenetv1_100 mobilenetv2_100 mobilenetv2_140 mobilenetv3_small_100 mobilenetv3_large_100 "
+        "mobilenetv4_conv_small efficientnet_b0 efficientnet_lite0 mnasnet_100 ghostnet_100"
+    ),
+    "stem.conv.weight": "regnetx_002 regnety_002 mobilevit_xxs mobilevit_s",
+    "stem.0.weight": "convnext_atto convnext_tiny edgenext_xx_small",
+    "patch_embed.proj.weight": "vit_tiny_patch16_224 vit_small_patch16_224 vit_base_patch16_224",
+}
 
 
 @dataclass(frozen=True)
@@ -112,21 +124,21 @@ class Student:
         return np.asarray(torch.cat(found).flatten(1).float().numpy())
 
     def layer_groups(self) -> list[list[str]]:
-        """Names of the parameters of each timm unit, from the stem to the head.
+        """Names of the parameters of each of timm's layer groups, from the stem to the head.
 
-        The classifier is a unit of its own, also where timm counts a layer before it to the same group.
+        The classifier is a group of its own, also where timm counts a layer before it to the same group.
         """
         grouped = group_parameters(self.model, self.model.group_matcher(coarse=False))
-        units = [grouped[index] for index in sorted(grouped)]
+        groups = [grouped[index] for index in sorted(grouped)]
         own = {id(parameter) for parameter in self.head.parameters()}
         names = [name for name, parameter in self.model.named_parameters() if id(parameter) in own]
-        body = [[name for name in unit if name not in names] for unit in units]
-        return [unit for unit in body if unit] + [names]
+        body = [[name for name in group if name not in names] for group in groups]
+        return [group for group in body if group] + [names]
 
     def train_only_last(self, count: int) -> None:
-        """Freeze all but the parameters of the last units; 0 freezes all."""
-        units = self.layer_groups()
-        last = {name for unit in units[len(units) - min(count, len(units)) :] for name in unit}
+        """Freeze all but the parameters of the last layer groups; 0 freezes all."""
+        groups = self.layer_groups()
+        last = {name for group in groups[len(groups) - min(count, len(groups)) :] for name in group}
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in last)
 
@@ -263,14 +275,49 @@ def _load_body(model: torch.nn.Module, weights: Path, name: str) -> None:
     if missing or wrong:
         raise ModelError(
             f"{path} holds no weights of {name}: {len(missing)} tensors are missing and {len(wrong)} do not "
-            f"fit (for example {(missing + wrong)[0]}){nearest_architecture(state, path)}; name the "
+            f"fit (for example {(missing + wrong)[0]}){_nearest_architecture(state, path)}; name the "
             "architecture that they belong to with --student"
         )
     model.load_state_dict(body, strict=False)
 
 
+def _nearest_architecture(state: Mapping[str, torch.Tensor], path: Path) -> str:
+    """Phrase that says which architecture's weights these look like; empty where they look like none.
+
+    Args:
+        state: tensors of the file.
+        path: of the file; architectures that its name or its folder's mentions are tried too.
+    """
+    shares: dict[str, float] = {}
+    for name in _candidates(state, path):
+        shares[name] = _share_that_fits(state, name)
+        if shares[name] == 1:
+            return f"; they are weights of {name}"
+    best = max(shares, key=lambda name: shares[name], default="")
+    if not best or shares[best] < 0.5:
+        return ""
+    return f"; the nearest match is {best}, {shares[best]:.0%} of whose tensors fit"
+
+
+def _candidates(state: Mapping[str, torch.Tensor], path: Path) -> list[str]:
+    """Names that the file or its folder mentions, then the members of the family."""
+    words = [part.split(".")[0] for part in (path.stem, path.parent.name)]
+    families = [names.split() for key, names in _FAMILIES.items() if key in state]
+    return [word for word in words if timm.is_model(word)] + [name for names in families for name in names]
+
+
+def _share_that_fits(state: Mapping[str, torch.Tensor], name: str) -> float:
+    """Share of an architecture's tensors, but for the head's, that the file has with the same shape."""
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=0)
+    own = {key: value.shape for key, value in model.state_dict().items() if value.dim()}
+    fitting = sum(1 for key, shape in own.items() if key in state and state[key].shape == shape)
+    given = sum(1 for value in state.values() if value.dim())
+    return fitting / max(len(own), given - 2)  # the file's head has a weight and a bias
+
+
 def _counts(key: str) -> bool:
-    """Whether a tensor only counts BatchNorm's batches, which many published weights leave out."""
+    """True if a tensor only counts BatchNorm's batches, which many published weights leave out."""
     return key.endswith(".num_batches_tracked")
 
 
@@ -297,7 +344,7 @@ def _load_whole(model: torch.nn.Module, path: Path, name: str) -> None:
 
 
 def was_trained_on(folder: Path, photos: ImageSet) -> bool:
-    """Whether the manifest of a student's folder says that it was trained on these very photos."""
+    """True if the manifest of a student's folder says that it was trained on these very photos."""
     manifest = read_manifest(folder)
     return manifest is not None and manifest.inputs.get("photos") == photos.digest
 

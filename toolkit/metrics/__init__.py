@@ -1,1 +1,1 @@
-"""What is measured of classifiers and of sets of images."""
+"""Measures of classifiers and of sets of images."""

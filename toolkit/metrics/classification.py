@@ -1,4 +1,4 @@
-"""What predictions are worth: top-1, per class, confusion, and the interval that so many images allow.
+"""Quality of predictions: top-1, per class, confusion, and the interval that so many images allow.
 
 Pure NumPy on label indices; it knows no model and no file.
 """

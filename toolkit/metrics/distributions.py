@@ -1,4 +1,4 @@
-"""How far synthetic images are from real ones: measures of what is shown, and of how it looks.
+"""Distances of synthetic images from real ones: measures of what is shown, and of how it looks.
 
 Content is measured on features of some network, float [N, D]; appearance on pixels, uint8 [N, H, W, 3]. Pure
 NumPy, with scikit-learn for a shrunk covariance; it knows no model and no file.

@@ -105,6 +105,23 @@ def test_the_average_of_the_weights_is_what_is_judged_and_kept(examples: Example
     assert equal(seen[-1], state(student))
 
 
+def test_an_exception_under_the_average_restores_the_weights(examples: Examples) -> None:
+    """The held-out photos are evaluated with the average; the run's own weights come back all the same."""
+    student, at = lively_student(classes=COLOURS), []
+
+    def fail() -> float:
+        at.append(state(student))
+        if len(at) == 3:  # timm's warm-up: before this step the average is the weights themselves
+            raise RuntimeError("no photos")
+        return 0.5
+
+    with pytest.raises(RuntimeError, match="no photos"):
+        fit(student, examples, replace(SETTINGS, steps=3, ema=0.9), held_out=fail)
+    last = lively_student(classes=COLOURS)
+    fit(last, examples, replace(SETTINGS, steps=3))
+    assert equal(state(student), state(last)) and not equal(at[2], state(student))
+
+
 def test_the_weights_that_did_best_on_held_out_photos_are_kept(examples: Examples, tmp_path: Path) -> None:
     student, tops, at = lively_student(classes=COLOURS), iter([0.1, 0.7, 0.3, 0.7, 0.5, 0.2]), []
 
