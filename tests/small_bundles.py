@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,19 +68,19 @@ class _Reader:
 
 def _state(folder: Path, precisions: Sequence[str]) -> None:
     facts = bundles.read_facts(folder)
-    own = {}
+    stated, own = dict(facts.precisions), {}
     with np.load(folder / "golden.npz") as golden:
         inputs, logits = golden["inputs"], golden["logits"]
     for name in precisions:
-        entry: dict[str, Any] = {**facts["precisions"][FP32], "file": bundles.FILES[name]}
+        entry: dict[str, Any] = {**facts.precisions[FP32], "file": bundles.FILES[name]}
         path = folder / entry["file"]
         entry["head"] = head_names(path)
         entry["opset"] = 17
         entry["golden_tolerance"] = {"relative": bundles.TOLERANCES[name].relative}
-        facts["precisions"][name] = entry
+        stated[name] = entry
         own[name] = bundles.open_session(path).run({"image": inputs})["logits"]
     bundles.write_golden(folder, Golden(inputs, logits, own))
-    bundles.seal(folder, facts)
+    bundles.seal(folder, replace(facts, precisions=stated))
 
 
 def head_names(path: Path) -> dict[str, str]:
@@ -90,5 +90,5 @@ def head_names(path: Path) -> dict[str, str]:
     return dict(zip(("input", "weight", "bias"), gemm.input, strict=True))
 
 
-def facts_of(folder: Path) -> dict[str, Any]:
-    return dict(json.loads((folder / "bundle.json").read_text(encoding="utf-8")))
+def facts_of(folder: Path) -> bundles.BundleFacts:
+    return bundles.read_facts(folder)

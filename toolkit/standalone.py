@@ -135,7 +135,7 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     if "transparency" not in image.info and image.mode not in ("RGBA", "LA", "PA"):
         return image.convert("RGB")
     rgba = image.convert("RGBA")
-    if rgba.getextrema()[3] == (0, 0):  # nobody saves an invisible photo: the alpha was left unset
+    if rgba.getchannel("A").getextrema() == (0, 0):  # not an invisible photo: the alpha was left unset
         return rgba.convert("RGB")
     return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 

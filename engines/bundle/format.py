@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 from zipfile import BadZipFile
@@ -232,7 +232,7 @@ class Bundle:
     folder: Path
     labels: tuple[str, ...]
     preprocessing: Preprocessing
-    facts: Mapping[str, Any]
+    facts: BundleFacts
     precision: str
     session: OrtSession
 
@@ -252,10 +252,10 @@ class Bundle:
         """
         folder = Path(folder)
         facts = read_facts(folder)
-        chosen = precision or facts["default_precision"]
-        if chosen not in facts["precisions"]:
+        chosen = precision or facts.default_precision
+        if chosen not in facts.precisions:
             raise BundleError(
-                f"{folder} holds no {chosen} model, but {', '.join(facts['precisions'])}; "
+                f"{folder} holds no {chosen} model, but {', '.join(facts.precisions)}; "
                 f"make one with `synthkit export --precision {chosen}`"
             )
         failures = _file_failures(folder, facts)
@@ -333,6 +333,56 @@ def _picture(image: ImageLike) -> Image.Image:
 
 
 @dataclass(frozen=True)
+class BundleFacts:
+    """The content of bundle.json, without its digest.
+
+    Attributes:
+        schema: of the file.
+        synthkit: version that made the bundle.
+        version: 1 as exported, one more with every update.
+        default_precision: what runs when none is named.
+        input: name, dtype and shape of the models' input.
+        output: the same of their output.
+        precisions: precision -> file, opset, parity, accuracy, head and golden tolerance of its model.
+        provenance: how the student came about; "trained_on" lists the SHA-256 of every real photo.
+        confidence: what was fitted for "unknown" and sets of labels; None where nothing was.
+        files: relative path -> {"sha256", "bytes"} of every file.
+        target: system whose files are written too; None where none was asked for.
+    """
+
+    schema: int
+    synthkit: str
+    version: int
+    default_precision: str
+    input: Mapping[str, Any]
+    output: Mapping[str, Any]
+    precisions: Mapping[str, Mapping[str, Any]]
+    provenance: Mapping[str, Any]
+    confidence: Mapping[str, Any] | None
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    target: str | None = None
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> BundleFacts:
+        """Read them.
+
+        Raises:
+            BundleError: a fact is missing, or there is one that no bundle has.
+        """
+        try:
+            return cls(**data)
+        except TypeError as error:
+            raise BundleError(f"{FACTS} does not state what a bundle's does: {error}") from None
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object; the target only where there is one."""
+        data = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        if self.target is None:
+            del data["target"]
+        return data
+
+
+@dataclass(frozen=True)
 class Golden:
     """What a bundle's models gave when they were made.
 
@@ -374,20 +424,20 @@ def write_bundle(
     write_bytes(folder / "predict.py", Path(standalone.__file__).read_bytes())
     write_build_script(folder / "build_engine.sh", (height, width))
     write_golden(folder, golden)
-    facts = {
-        "schema": SCHEMA,
-        "synthkit": synthkit.__version__,
-        "version": 1,
-        "default_precision": default_precision,
-        "input": TensorSpec(INPUT, "uint8", ("batch", height, width, 3)).to_json(),
-        "output": TensorSpec(OUTPUT, "float32", ("batch", len(labels))).to_json(),
-        "precisions": {
+    facts = BundleFacts(
+        schema=SCHEMA,
+        synthkit=synthkit.__version__,
+        version=1,
+        default_precision=default_precision,
+        input=TensorSpec(INPUT, "uint8", ("batch", height, width, 3)).to_json(),
+        output=TensorSpec(OUTPUT, "float32", ("batch", len(labels))).to_json(),
+        precisions={
             name: {"file": FILES[name], **model.to_json(), "golden_tolerance": asdict(TOLERANCES[name])}
             for name, model in models.items()
         },
-        "provenance": provenance,
-        "confidence": None,
-    }
+        provenance=provenance,
+        confidence=None,
+    )
     seal(folder, facts)
 
 
@@ -400,16 +450,16 @@ def write_golden(folder: Path, golden: Golden) -> None:
         np.savez_compressed(stream, inputs=golden.inputs[kept], **arrays)
 
 
-def seal(folder: Path, facts: Mapping[str, Any]) -> None:
+def seal(folder: Path, facts: BundleFacts) -> None:
     """Write bundle.json: the facts, the hash of every file that the folder now holds, and their own digest.
 
     Args:
         folder: holds everything else.
-        facts: the content, as `read_facts` gives it; "files" and "digest" are made anew.
+        facts: the content, as `read_facts` gives it; `files` and the digest are made anew.
     """
     files = {name: entry for name, entry in list_outputs(folder).items() if not _is_no_part(name)}
-    stated = json.loads(json.dumps({**facts, "files": files}, default=str))  # what a reader will read
-    stated.pop("digest", None)
+    # What a reader will read.
+    stated = json.loads(json.dumps(replace(facts, files=files).to_json(), default=str))
     write_json(folder / FACTS, {**stated, "digest": digest(stated)})
 
 
@@ -423,10 +473,10 @@ def verify(folder: Path) -> list[str]:
         facts = read_facts(folder)
         return [*_file_failures(folder, facts), *_foreign_files(folder, facts)] or [
             *_confidence_failures(folder),
-            *replay_buffer_failures(folder, facts["precisions"], int(facts["output"]["shape"][1])),
+            *replay_buffer_failures(folder, facts.precisions, int(facts.output["shape"][1])),
             *(
                 failure
-                for name in facts["precisions"]
+                for name in facts.precisions
                 for failure in _precision_failures(folder, facts, name)
             ),
         ]
@@ -443,14 +493,14 @@ def _confidence_failures(folder: Path) -> list[str]:
     return [] if sound else [f"{standalone.CONFIDENCE} holds no probabilities"]
 
 
-def _precision_failures(folder: Path, facts: Mapping[str, Any], precision: str) -> list[str]:
+def _precision_failures(folder: Path, facts: BundleFacts, precision: str) -> list[str]:
     try:
         return _model_failures(_load(Bundle, folder, facts, precision))
     except BundleError as error:
         return [str(error)]
 
 
-def read_facts(folder: Path) -> dict[str, Any]:
+def read_facts(folder: Path) -> BundleFacts:
     """The content of bundle.json, without its digest.
 
     Raises:
@@ -472,15 +522,15 @@ def read_facts(folder: Path) -> dict[str, Any]:
         )
     if stated != digest(facts):
         raise BundleError(f"{path} was altered; export or copy the bundle again")
-    return dict(facts)
+    return BundleFacts.from_json(facts)
 
 
 def _is_no_part(name: str) -> bool:
     return name in (FACTS, MANIFEST) or name.endswith(_MADE_BY_USE)
 
 
-def _file_failures(folder: Path, facts: Mapping[str, Any]) -> list[str]:
-    stated = facts["files"]
+def _file_failures(folder: Path, facts: BundleFacts) -> list[str]:
+    stated = facts.files
     present = {name: entry for name, entry in list_outputs(folder).items() if not _is_no_part(name)}
     return [
         f"{name} is missing" if name not in present else f"{name} was altered"
@@ -489,18 +539,18 @@ def _file_failures(folder: Path, facts: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _foreign_files(folder: Path, facts: Mapping[str, Any]) -> list[str]:
+def _foreign_files(folder: Path, facts: BundleFacts) -> list[str]:
     names = (name for name in list_outputs(folder) if not _is_no_part(name))
-    return [f"{name} does not belong to it" for name in names if name not in facts["files"]]
+    return [f"{name} does not belong to it" for name in names if name not in facts.files]
 
 
-def _load(cls: type[AnyBundle], folder: Path, facts: Mapping[str, Any], precision: str) -> AnyBundle:
+def _load(cls: type[AnyBundle], folder: Path, facts: BundleFacts, precision: str) -> AnyBundle:
     labels = tuple(standalone.read_labels(folder))
     try:
         preprocessing = Preprocessing.from_timm(json.loads((folder / "preprocess.json").read_text("utf-8")))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise BundleError(f"preprocess.json is not usable: {error!r}") from None
-    stated = facts["precisions"][precision]
+    stated = facts.precisions[precision]
     path = folder / stated["file"]
     try:
         session = open_session(path, exact_int8=stated["target"] == "tensorrt")
@@ -510,8 +560,8 @@ def _load(cls: type[AnyBundle], folder: Path, facts: Mapping[str, Any], precisio
 
 
 def _model_failures(bundle: Bundle) -> list[str]:
-    file = bundle.facts["precisions"][bundle.precision]["file"]
-    takes, gives = (spec_from_json(bundle.facts[side]) for side in ("input", "output"))
+    file = bundle.facts.precisions[bundle.precision]["file"]
+    takes, gives = (spec_from_json(side) for side in (bundle.facts.input, bundle.facts.output))
     session = bundle.session
     if (session.inputs, session.outputs) != ((takes,), (gives,)):
         return [
@@ -525,7 +575,7 @@ def _model_failures(bundle: Bundle) -> list[str]:
 
 def _metadata_failures(bundle: Bundle) -> list[str]:
     """The same facts stand in the model, for tools that read nothing else of the bundle."""
-    file = bundle.facts["precisions"][bundle.precision]["file"]
+    file = bundle.facts.precisions[bundle.precision]["file"]
     texts = bundle.session.metadata
     names, preprocessing = (json.loads(texts.get(key, "null")) for key in ("names", "preprocess"))
     stated = json.loads((bundle.folder / "preprocess.json").read_text("utf-8"))
@@ -538,7 +588,7 @@ def _metadata_failures(bundle: Bundle) -> list[str]:
 
 
 def _golden_failures(bundle: Bundle) -> list[str]:
-    stated = bundle.facts["precisions"][bundle.precision]
+    stated = bundle.facts.precisions[bundle.precision]
     try:
         with np.load(bundle.folder / "golden.npz") as golden:
             expected, inputs = golden[_golden_key(bundle.precision)], golden["inputs"]

@@ -154,7 +154,7 @@ def fill_replay_buffer(folder: Path, photos: ImageSet) -> None:
     inputs = photos.load(Preprocessing.from_timm(json.loads((folder / "preprocess.json").read_text())))
     features = {
         name: HeadFile.open(folder, stated).body()(inputs)
-        for name, stated in facts["precisions"].items()
+        for name, stated in facts.precisions.items()
         if stated["head"]
     }
     if features:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -44,7 +45,7 @@ class TensorSpec:
         return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
 
 
-def spec_from_json(data: dict[str, object]) -> TensorSpec:
+def spec_from_json(data: Mapping[str, Any]) -> TensorSpec:
     """The inverse of `TensorSpec.to_json`."""
     shape = data["shape"]
     assert isinstance(shape, Sequence)

@@ -83,7 +83,7 @@ def bench_bundle(plan: Plan) -> dict[str, Any]:
     folder = Path(plan.bundle)
     find_again(folder)
     default = Bundle.open(folder).precision
-    facts = read_facts(folder)["precisions"]
+    facts = read_facts(folder).precisions
     rows = [row for threads in plan.threads for row in _timed(plan, threads)]
     for row in rows:
         if row["runtime"] == "onnxruntime":
@@ -118,7 +118,7 @@ def time_models(plan_json: str, threads: str) -> list[dict[str, Any]]:
     images = np.random.default_rng(0).integers(0, 256, (plan.batch, *size, 3), dtype=np.uint8)
     models = {
         ("onnxruntime", name): _bundle_and_bare(folder, name, images)
-        for name in read_facts(folder)["precisions"]
+        for name in read_facts(folder).precisions
     }
     if plan.openvino:
         models |= {("openvino", name): _openvino(folder, name, images, int(threads)) for _, name in models}
@@ -148,7 +148,7 @@ def _openvino(folder: Path, precision: str, images: np.ndarray, threads: int) ->
         "INFERENCE_PRECISION_HINT": "f32",
         "INFERENCE_NUM_THREADS": threads,
     }
-    path = folder / read_facts(folder)["precisions"][precision]["file"]
+    path = folder / read_facts(folder).precisions[precision]["file"]
     request = openvino.Core().compile_model(path, "CPU", hints).create_infer_request()
     return {"ours": lambda: request.infer({INPUT: images})[OUTPUT]}
 

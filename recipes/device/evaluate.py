@@ -99,7 +99,7 @@ def evaluate_bundle(bundle: Bundle, test_dir: Path, skip_bad: bool = False) -> E
     """
     started = time.perf_counter()
     images = ImageSet.scan(test_dir, skip_bad).with_classes(bundle.labels)
-    trained_on = bundle.facts["provenance"].get("trained_on", [])
+    trained_on = bundle.facts.provenance.get("trained_on", [])
     known = dict.fromkeys(trained_on, "trained on")
     refuse_shared(images, known, ("the training photos", str(test_dir)))
     logits, labels = compute_logits(bundle, images), images.labels

@@ -311,7 +311,7 @@ def _confidence(data: UpdateData, validation: CrossValidation, asked: Target) ->
     Only photos that no head has learned count. Replayed photos are held out of the new head, but its prior
     was trained on these very photos: with them a claimed error of 4 % was one of 23 % on further photos.
     """
-    before = data.bundle.facts.get("confidence") or {}
+    before = data.bundle.facts.confidence or {}
     logits, labels = validation.choice.logits[validation.fresh], validation.labels[validation.fresh]
     lacking = [name for place, name in enumerate(data.labels) if place not in set(labels.tolist())]
     target = asked if asked != Target() else Target(**before.get("target", {}))
@@ -348,7 +348,7 @@ def _write_manifest(work: Path, request: Mapping[str, Any], result: UpdateResult
 
 
 def _result(bundle: Bundle, outcome: str, started: float, **measured: Any) -> UpdateResult:
-    measured = {"version": bundle.facts["version"], **measured}
+    measured = {"version": bundle.facts.version, **measured}
     return UpdateResult(
         outcome, str(bundle.folder), seconds=round(time.perf_counter() - started, 3), **measured
     )
@@ -385,7 +385,7 @@ class UpdateData:
     @property
     def precision(self) -> str:
         """The bundle's default."""
-        return str(self.bundle.facts["default_precision"])
+        return str(self.bundle.facts.default_precision)
 
     @property
     def known(self) -> int:
@@ -411,7 +411,7 @@ class UpdateData:
 
 def prepare(bundle: Bundle, labels: tuple[str, ...], photos: ImageSet) -> UpdateData:
     """Run every body over the photos and the golden inputs."""
-    precisions = bundle.facts["precisions"]
+    precisions = bundle.facts.precisions
     models = {name: HeadFile.open(bundle.folder, stated) for name, stated in precisions.items()}
     heads = {name: LinearHead(*model.weight_and_bias()) for name, model in models.items()}
     bodies = {name: model.body() for name, model in models.items()}
@@ -484,7 +484,7 @@ def refuse_trained_on(bundle: Bundle, photos: ImageSet, test: ImageSet) -> None:
     Raises:
         DataError: names some of them.
     """
-    known = dict.fromkeys(bundle.facts["provenance"].get("trained_on", []), "trained on")
+    known = dict.fromkeys(bundle.facts.provenance.get("trained_on", []), "trained on")
     refuse_shared(test, known, ("the photos that the bundle was trained on", str(test.root)))
     known = {item.sha256: str(item.path) for item in photos.items}
     refuse_shared(test, known, (str(photos.root), str(test.root)))
@@ -513,7 +513,7 @@ def cross_validate(data: UpdateData) -> CrossValidation:
     head = data.heads[data.precision]
     choice = choose_prior_weight(head, photos, replayed, len(data.labels))
     held_out = photos.concat(replayed).select(choice.rows)
-    trained_on = data.bundle.facts["provenance"].get("trained_on", [])
+    trained_on = data.bundle.facts.provenance.get("trained_on", [])
     known = np.concatenate([np.isin(data.sha256, trained_on), np.ones(len(replayed), bool)])
     fresh = ~known[choice.rows]
     before = head.logits(held_out.features).argmax(axis=1) == held_out.labels
@@ -583,12 +583,12 @@ def write_version(data: UpdateData, refitted: RefittedHeads, version: int, work:
     Raises:
         BundleError: the new version fails a check.
     """
-    facts = dict(data.bundle.facts)
+    facts = data.bundle.facts
     provenance = _provenance(data, refitted, version)
-    _copy_unchanged(data.bundle.folder, facts["files"], work)
+    _copy_unchanged(data.bundle.folder, facts.files, work)
     for name, head in refitted.heads.items():
         content = data.models[name].with_head(head.weight, head.bias, data.labels, provenance)
-        write_bytes(work / facts["precisions"][name]["file"], content)
+        write_bytes(work / facts.precisions[name]["file"], content)
     write_bytes(work / "labels.txt", "".join(f"{label}\n" for label in data.labels).encode())
     write_bytes(work / "predict.py", Path(standalone.__file__).read_bytes())
     _write_golden(data, refitted.heads, work)
@@ -597,14 +597,15 @@ def write_version(data: UpdateData, refitted: RefittedHeads, version: int, work:
     )
     _write_confidence(refitted.confidence, work)
     _write_target(data, work)
-    facts |= {
-        "version": version,
-        "output": {**facts["output"], "shape": ["batch", len(data.labels)]},
-        "precisions": _precisions(data, refitted, work),
-        "provenance": provenance,
-        "confidence": refitted.confidence.to_json(),
-    }
-    bundles.seal(work, facts)
+    changed = replace(
+        facts,
+        version=version,
+        output={**facts.output, "shape": ["batch", len(data.labels)]},
+        precisions=_precisions(data, refitted, work),
+        provenance=provenance,
+        confidence=refitted.confidence.to_json(),
+    )
+    bundles.seal(work, changed)
     if failures := bundles.verify(work):
         raise BundleError(
             f"the next version fails its own check: {'; '.join(failures)}; the present one stays"
@@ -629,17 +630,17 @@ def _write_target(data: UpdateData, work: Path) -> None:
     from synthkit.engines.bundle.targets import Material, write_target
 
     facts = data.bundle.facts
-    held, default = list(facts["precisions"]), str(facts["default_precision"])
+    held, default = list(facts.precisions), str(facts.default_precision)
     images = data.golden_inputs[:4]
     material = Material(work, held, default, data.labels, data.bundle.preprocessing, images)
-    write_target(facts.get("target", "generic"), material)
+    write_target(facts.target or "generic", material)
 
 
 def _provenance(data: UpdateData, refitted: RefittedHeads, version: int) -> dict[str, Any]:
-    before = data.bundle.facts["provenance"]
+    before = data.bundle.facts.provenance
     step = {
         "version": version,
-        "from_version": data.bundle.facts["version"],
+        "from_version": data.bundle.facts.version,
         "photos": data.photos.digest,
         "prior_weight": refitted.validation.choice.prior_weight,
         "new_classes": list(data.labels[data.known :]),
@@ -659,7 +660,7 @@ def _precisions(data: UpdateData, refitted: RefittedHeads, work: Path) -> dict[s
     """The facts of each precision with the figures that a new head changes."""
     answers = {name: head.logits(data.features[name]).argmax(axis=1) for name, head in refitted.heads.items()}
     found = {}
-    for name, entry in data.bundle.facts["precisions"].items():
+    for name, entry in data.bundle.facts.precisions.items():
         parity = _check_parity(data, name, refitted.heads[name], work / entry["file"])
         parity["top1_agreement_with_fp32"] = float(np.mean(answers[name] == answers[FP32]))
         tested = refitted.tested.get(name)

@@ -204,7 +204,7 @@ def export_student_bundle(
     )
     material = Material(work_dir, list(facts), default, student.classes, preprocessing, images[:4])
     write_target(settings.target, material)
-    bundle.seal(work_dir, {**bundle.read_facts(work_dir), "target": settings.target})
+    bundle.seal(work_dir, replace(bundle.read_facts(work_dir), target=settings.target))
     failures = bundle.verify(work_dir)
     if failures:
         raise BundleError(f"the bundle fails its own check: {'; '.join(failures)}; report this student")

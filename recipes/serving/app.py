@@ -159,7 +159,7 @@ class Service:
 
 
 def _identity(current: Current) -> dict[str, Any]:
-    return {"version": current.bundle.facts["version"], "precision": current.bundle.precision}
+    return {"version": current.bundle.facts.version, "precision": current.bundle.precision}
 
 
 def _json(data: dict[str, Any], status: int = 200, headers: Any = None) -> Response:

@@ -68,9 +68,9 @@ class LiveBundle:
             return
         self._seen = seen
         try:
-            if digest(read_facts(self._folder)) != self.current.digest:
+            if digest(read_facts(self._folder).to_json()) != self.current.digest:
                 self.current = self._open()
-                log.info("now answering with version %s", self.current.bundle.facts["version"])
+                log.info("now answering with version %s", self.current.bundle.facts.version)
             self.problem = ""
         except Exception as error:  # whatever a foreign folder provokes, the service goes on
             self.problem = _described(error)
@@ -81,7 +81,7 @@ class LiveBundle:
         confidence = standalone.read_confidence(self._folder)
         if _stamps(self._folder) != self._seen:
             raise BundleError(f"{self._folder} changed while it was opened; open it again")
-        return Current(bundle, confidence, digest(bundle.facts))
+        return Current(bundle, confidence, digest(bundle.facts.to_json()))
 
 
 def _stamps(folder: Path) -> Stamps:

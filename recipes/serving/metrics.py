@@ -55,7 +55,7 @@ class Metrics:
 
         current = self._live.current
         self._bundle.clear()
-        self._bundle.labels(current.bundle.facts["version"], current.digest, current.bundle.precision).set(1)
+        self._bundle.labels(current.bundle.facts.version, current.digest, current.bundle.precision).set(1)
         self._problem.set(bool(self._live.problem))
         return generate_latest(self._registry).decode()
 

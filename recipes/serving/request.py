@@ -170,7 +170,7 @@ def classify(current: Current, data: bytes, top: int, max_pixels: int) -> Answer
         prediction["score"],
         prediction["top"],
         prediction.get("set"),
-        bundle.facts["version"],
+        bundle.facts.version,
         bundle.precision,
     )
 

@@ -310,9 +310,9 @@ def test_a_changed_bundle_can_be_sealed_again(bundle: Path) -> None:
     facts = read_facts(bundle)
     (bundle / "notes.txt").write_text("x")
     assert verify(bundle) == ["notes.txt does not belong to it"]
-    seal(bundle, {**facts, "version": 2})
-    assert verify(bundle) == [] and read_facts(bundle)["version"] == 2
-    assert set(read_facts(bundle)["files"]) == {*facts["files"], "notes.txt"}
+    seal(bundle, replace(facts, version=2))
+    assert verify(bundle) == [] and read_facts(bundle).version == 2
+    assert set(read_facts(bundle).files) == {*facts.files, "notes.txt"}
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opened(folder: Path, precision: str) -> HeadFile:
-    entry = facts_of(folder)["precisions"][precision]
+    entry = facts_of(folder).precisions[precision]
     return HeadFile.open(folder, entry)
 
 
@@ -74,7 +74,7 @@ def test_another_head_with_more_classes(folder: Path, precision: str) -> None:
 
 def test_what_is_no_head_is_refused(folder: Path, tmp_path: Path) -> None:
     shutil.copy(folder / "model.onnx", tmp_path / "model.onnx")
-    stated = facts_of(folder)["precisions"]["fp32"]
+    stated = facts_of(folder).precisions["fp32"]
     names = stated["head"]
     with pytest.raises(BundleError, match=r"no linear last layer on record.*workstation"):
         HeadFile.open(tmp_path, {**stated, "head": None})

@@ -90,7 +90,7 @@ def measured(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 def test_every_precision_and_the_torch_student_are_measured(bundle: Path, measured: dict[str, Any]) -> None:
     *ours, torch = measured["rows"]
-    precisions = read_facts(bundle)["precisions"]
+    precisions = read_facts(bundle).precisions
     assert [row["precision"] for row in ours] == list(precisions) == ["fp32", "fp16", "int8"]
     assert (torch["runtime"], torch["precision"]) == ("torch", "fp32")
     for row in (*ours, torch):

@@ -81,16 +81,16 @@ def test_the_next_version_states_what_it_is(folder: Path, tmp_path: Path) -> Non
     found = run(folder, shown)
     assert verify(folder) == []
     facts = facts_of(folder)
-    assert facts["version"] == 2 and facts["provenance"]["updates"][0]["from_version"] == 1
-    assert set(facts["provenance"]["trained_on"]) == {"00", *(item.sha256 for item in shown.items)}
-    assert facts["provenance"]["path"] == "last layer"  # what was known before stays
-    assert set(facts["files"]) == {*before["files"], "replay_buffer.npz"}
-    for name, entry in facts["precisions"].items():
+    assert facts.version == 2 and facts.provenance["updates"][0]["from_version"] == 1
+    assert set(facts.provenance["trained_on"]) == {"00", *(item.sha256 for item in shown.items)}
+    assert facts.provenance["path"] == "last layer"  # what was known before stays
+    assert set(facts.files) == {*before.files, "replay_buffer.npz"}
+    for name, entry in facts.precisions.items():
         assert entry["parity"]["max_abs_error"] <= entry["parity"]["tolerance"], name
-        assert entry["head"] == before["precisions"][name]["head"]
-    accuracy = facts["precisions"]["fp32"]["accuracy"]
+        assert entry["head"] == before.precisions[name]["head"]
+    accuracy = facts.precisions["fp32"]["accuracy"]
     assert accuracy["top1"] == found["held_out"]["after"] and "cross-validation" in accuracy["how"]
-    assert facts["precisions"]["int8"]["accuracy"] is None  # the old figure was of the old head
+    assert facts.precisions["int8"]["accuracy"] is None  # the old figure was of the old head
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["stage"] == "update" and manifest["outputs"] == list_outputs(folder)
 
@@ -122,7 +122,7 @@ def test_a_dry_run_judges_and_writes_nothing(folder: Path, tmp_path: Path) -> No
     state = sorted(folder.parent.rglob("*"))
     found = run(folder, photos(tmp_path / "new"), photos(tmp_path / "test", seed=1), dry_run=True)
     assert found["outcome"] == WOULD_UPDATE and found["version"] == 1 and found["top1"] > found["top1_before"]
-    assert sorted(folder.parent.rglob("*")) == state and facts_of(folder)["version"] == 1
+    assert sorted(folder.parent.rglob("*")) == state and facts_of(folder).version == 1
 
 
 def test_a_head_that_does_worse_stays_out(
@@ -150,7 +150,7 @@ def test_a_new_class_grows_the_bundle_and_the_old_ones_stay(folder: Path, tmp_pa
     bundle = Bundle.open(folder)
     assert bundle.labels == (*CLASSES, "new") and found["new_classes"] == ["new"]
     assert verify(folder) == []
-    assert bundle.facts["output"]["shape"] == ["batch", 4]
+    assert bundle.facts.output["shape"] == ["batch", 4]
     assert found["old_classes_tested"] == {"photos": 30, "before": before, "after": share(folder, old)}
     for precision in ("fp32", "fp16", "int8"):
         # Over eight seeds .9 to 1 in fp32 and fp16, .3 to 1 in int8, whose ranges know no such colour.
@@ -217,7 +217,7 @@ def test_the_files_of_another_system_get_the_new_head_as_well(
     opened = Bundle.open(folder)
     images = photos(tmp_path / "test").load(opened.preprocessing)
     write_target(target, Material(folder, ["fp32"], "fp32", CLASSES, opened.preprocessing, images[:2]))
-    bundles.seal(folder, {**bundles.read_facts(folder), "target": target})
+    bundles.seal(folder, replace(bundles.read_facts(folder), target=target))
     before = {name for name in list_outputs(folder) if name.startswith("target/")}
     shown = photos(tmp_path / "new", (*CLASSES, "new"))
     run(folder, shown, new_classes=("new",))
@@ -248,7 +248,7 @@ def test_one_photo_per_class(folder: Path, tmp_path: Path) -> None:
 def test_thresholds_are_written_kept_and_used(folder: Path, tmp_path: Path) -> None:
     shown = photos(tmp_path / "new", each=8, noisy=110)
     run(folder, shown, target=Target(coverage=0.5, alpha=0.2))
-    stated = facts_of(folder)["confidence"]
+    stated = facts_of(folder).confidence
     assert stated["coverage"] == pytest.approx(0.5, abs=0.1) and stated["target"] == {
         "coverage": 0.5,
         "alpha": 0.2,
@@ -256,7 +256,7 @@ def test_thresholds_are_written_kept_and_used(folder: Path, tmp_path: Path) -> N
     limits = standalone.read_confidence(folder)
     assert limits == {"threshold": stated["threshold"], "conformal_threshold": stated["conformal_threshold"]}
     run(folder, photos(tmp_path / "again", each=5, seed=3, noisy=110))  # nothing asked for: as before
-    assert facts_of(folder)["confidence"]["target"] == {"coverage": 0.5, "alpha": 0.2}
+    assert facts_of(folder).confidence["target"] == {"coverage": 0.5, "alpha": 0.2}
     before = standalone.read_confidence(folder)
     run(folder, photos(tmp_path / "few", each=1, seed=4))  # too few to fit anything: the limits stay
     assert standalone.read_confidence(folder) == before and verify(folder) == []
@@ -265,7 +265,7 @@ def test_thresholds_are_written_kept_and_used(folder: Path, tmp_path: Path) -> N
 def test_only_photos_that_no_head_has_learned_count_for_it(folder: Path, tmp_path: Path) -> None:
     """The replay buffer holds photos of every class, which the present head has learned."""
     run(folder, photos(tmp_path / "first", each=8, noisy=110), target=Target(error=0.3))
-    assert facts_of(folder)["confidence"]["photos"] == 24
+    assert facts_of(folder).confidence["photos"] == 24
     limits = standalone.read_confidence(folder)
     some = photos(tmp_path / "two", CLASSES[:2], 8, 6, noisy=110)
     state = list_outputs(folder)
@@ -318,8 +318,8 @@ def test_a_bundle_without_a_head_or_an_altered_one_is_refused(folder: Path, tmp_
 
     shown = photos(tmp_path / "new")
     facts = bundles.read_facts(folder)
-    facts["precisions"]["int8"]["head"] = None
-    bundles.seal(folder, facts)
+    int8 = {**facts.precisions["int8"], "head": None}
+    bundles.seal(folder, replace(facts, precisions={**facts.precisions, "int8": int8}))
     with pytest.raises(BundleError, match=r"model\.int8\.onnx has no linear last layer on record"):
         run(folder, shown)
     (folder / "labels.txt").write_text("x")
@@ -351,7 +351,7 @@ def test_the_public_bundle_learns_goes_back_and_stays_what_it_is(folder: Path, t
     assert (updated.outcome, updated.version) == (UPDATED, 2) and updated.held_out and updated.test
     assert updated.test.top1_before == before.top1 < updated.test.top1
     assert synthkit.Bundle.open(folder).evaluate(test).top1 == updated.test.top1
-    assert bundle.facts["version"] == 1
+    assert bundle.facts.version == 1
     back = bundle.rollback()
     assert (back.from_version, back.version) == (2, 1) and bundle.verify().ok
     with pytest.raises(ConfigError, match=r"error 0 must lie between 0 and 1"):

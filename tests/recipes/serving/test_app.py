@@ -141,7 +141,7 @@ def test_health_and_metrics_tell_what_happened(start: Start, good: Path) -> None
     client = start()
     facts = read_facts(good)
     assert client.ask("GET", "/healthz")[1] == {
-        "ok": True, "version": 1, "precision": "fp32", "digest": digest(facts), "classes": 3,
+        "ok": True, "version": 1, "precision": "fp32", "digest": digest(facts.to_json()), "classes": 3,
         "token": False, "problem": None,
     }  # fmt: skip
     for body in (picture(), picture(), b"text"):
@@ -152,7 +152,8 @@ def test_health_and_metrics_tell_what_happened(start: Start, good: Path) -> None
     assert 'synthkit_requests_total{path="/predict",status="415"} 1.0' in text
     assert 'synthkit_requests_total{path="other",status="404"} 1.0' in text and "own" not in text
     assert "synthkit_predict_seconds_count 2.0" in text
-    assert f'synthkit_bundle_info{{digest="{digest(facts)}",precision="fp32",version="1"}} 1.0' in text
+    stated = digest(facts.to_json())
+    assert f'synthkit_bundle_info{{digest="{stated}",precision="fp32",version="1"}} 1.0' in text
     assert "synthkit_waiting 0.0" in text and "synthkit_bundle_problem 0.0" in text
     assert client.service.metrics.answered() == {"200": 4, "415": 1, "404": 1}
 

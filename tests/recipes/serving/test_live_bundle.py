@@ -4,6 +4,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from tests.tiny_students import tiny_bundle
 def next_version(folder: Path, version: int) -> Path:
     """A whole bundle of another student that states another version."""
     made = tiny_bundle(folder, seed=version)
-    seal(made, {**read_facts(made), "version": version})
+    seal(made, replace(read_facts(made), version=version))
     return made
 
 
@@ -98,11 +99,11 @@ def test_a_copy_that_becomes_whole_takes_over(good: Path, tmp_path: Path) -> Non
     names = ["bundle.json", "model.onnx", "golden.npz"]
     assert {path.name for path in new.iterdir()} > set(names)
     for name in names:
-        assert live.current.bundle.facts["version"] == 1
+        assert live.current.bundle.facts.version == 1
         shutil.copy(new / name, folder)
         live.refresh()
         assert bool(live.problem) == (name != names[-1])
-    assert live.current.bundle.facts["version"] == 2
+    assert live.current.bundle.facts.version == 2
 
 
 def test_an_unchanged_folder_is_not_opened_again(

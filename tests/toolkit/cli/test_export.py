@@ -188,7 +188,7 @@ def test_a_target_gets_its_files(workspace: Path, target: str, opset: int, files
     folder = workspace / "bundle" / "target" / target
     assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()) == files
     facts = read_facts(workspace / "bundle")
-    assert facts["precisions"]["fp32"]["opset"] == opset and facts["target"] == target
+    assert facts.precisions["fp32"]["opset"] == opset and facts.target == target
     text = (folder / "README.md").read_text(encoding="utf-8")
     assert "not run on its hardware" in text and "{" not in text.replace('{"crop_mode"', "")
     assert verify(workspace / "bundle") == []

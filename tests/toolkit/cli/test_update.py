@@ -65,7 +65,7 @@ def test_update_and_roll_back(made: Path, bundle: Path) -> None:
     back = answer("rollback", bundle)
     assert (back["from_version"], back["version"]) == (2, 1)
     assert list_outputs(bundle) == list_outputs(made / "bundle")
-    assert facts_of(bundle)["version"] == 1 and "from version 1 to 2" in call("rollback", bundle).stdout
+    assert facts_of(bundle).version == 1 and "from version 1 to 2" in call("rollback", bundle).stdout
 
 
 def test_the_json_has_the_keys_of_the_contract(made: Path, bundle: Path) -> None:
@@ -169,7 +169,7 @@ def test_torch_is_never_imported(made: Path, bundle: Path) -> None:
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert done.stdout and "Assertion" not in done.stderr
-    assert facts_of(bundle)["version"] == 1  # there and back
+    assert facts_of(bundle).version == 1  # there and back
 
 
 @pytest.mark.slow
@@ -187,6 +187,6 @@ def test_killed_in_the_middle_of_writing(made: Path, bundle: Path, wait_for: str
     run.send_signal(signal.SIGKILL)
     assert run.wait() in (-signal.SIGKILL, 0)
     assert verify(bundle) == []
-    assert facts_of(bundle)["version"] in (1, 2)
+    assert facts_of(bundle).version in (1, 2)
     assert answer(*words)["outcome"] in ("updated", "unchanged")
     assert verify(bundle) == [] and not sign.parent.exists()
