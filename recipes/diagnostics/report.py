@@ -306,6 +306,7 @@ def line_chart(lines: Sequence[Line], x_label: str, y_label: str, log_x: bool = 
     """
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     with matplotlib.rc_context(_SVG):
         figure = Figure(figsize=(8, 3.25), layout="constrained")
@@ -318,6 +319,8 @@ def line_chart(lines: Sequence[Line], x_label: str, y_label: str, log_x: bool = 
             axes.set_xscale("log", base=2)
             axes.set_xticks(sorted({x for line in lines for x in line.x}))
             axes.xaxis.set_major_formatter("{x:g}")
+        elif all(float(x).is_integer() for line in lines for x in line.x):
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))  # there is no step 1.25
         axes.set(xlabel=x_label, ylabel=y_label)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
