@@ -32,7 +32,7 @@ FEWEST = 10
 """Held-out photos below which nothing is fitted: a temperature of a handful of photos is noise."""
 
 _TEMPERATURES = (0.05, 20.0)
-_PARTS = 5  # for the calibration error after: each part is judged by the temperature of the others
+_PARTS = 5  # for the calibration error after: each part is measured with the temperature of the others
 
 
 @dataclass(frozen=True)

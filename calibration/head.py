@@ -130,7 +130,7 @@ def choose_prior_weight(head: LinearHead, photos: Examples, replayed: Examples, 
     """The weight of the prior under which held-out photos are most likely, and what they then get as logits.
 
     The likelihood is taken at its own best temperature, because the temperature is fitted anyway: what counts
-    is how well the classes are told apart. Of the replayed, the classes that the photos lack are judged as
+    is how well the classes are told apart. Of the replayed, the classes that the photos lack are held out as
     well, or a new class would be chosen to be seen everywhere; the rest of it is learnt in every fold. Beside
     a new class replayed photos would always vote for the present head, which has learnt them: the weight is
     then the default, and the new class gets a logit offset.
@@ -161,10 +161,10 @@ def _held_out(
     folds = len(rows) if len(rows) <= _LEAVE_ONE_OUT else _FOLDS
     found = np.empty((len(prior_weights), len(rows), classes))
     for fold in range(folds):
-        judged = np.arange(fold, len(rows), folds)
-        learnt = examples.select(np.setdiff1d(np.arange(len(examples)), rows[judged]))
+        validation = np.arange(fold, len(rows), folds)
+        learnt = examples.select(np.setdiff1d(np.arange(len(examples)), rows[validation]))
         for place, fitted in enumerate(_fit_all(head, learnt, classes, prior_weights)):
-            found[place, judged] = fitted.logits(examples.features[rows[judged]])
+            found[place, validation] = fitted.logits(examples.features[rows[validation]])
     return found, folds
 
 
@@ -192,15 +192,15 @@ def _logit_offset(logits: np.ndarray, labels: np.ndarray, known: int, replayed: 
 
 
 def _can_be_held_out(photos: np.ndarray, labels: np.ndarray, known: int) -> np.ndarray:
-    """Positions of what is judged and remains known without it: to the head, or by another example.
+    """Positions of what is held out and remains known without it: to the head, or by another example.
 
     Args:
         photos: labels of the photos.
         labels: the same, then those of the replayed.
         known: classes of the present head.
     """
-    judged = (np.arange(len(labels)) < len(photos)) | ~np.isin(labels, photos)
-    return np.flatnonzero(judged & ((labels < known) | (np.bincount(labels)[labels] > 1)))
+    held_out = (np.arange(len(labels)) < len(photos)) | ~np.isin(labels, photos)
+    return np.flatnonzero(held_out & ((labels < known) | (np.bincount(labels)[labels] > 1)))
 
 
 def _loss_at_best_temperature(logits: np.ndarray, labels: np.ndarray) -> float:

@@ -1,1 +1,1 @@
-"""Procedures, read top to bottom. Nothing but the command line imports them."""
+"""The pipeline, one stage after another; only the command line and the public API import it."""

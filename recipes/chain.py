@@ -209,7 +209,7 @@ class Chain:
         if any(classifier.is_relative_to(folder.resolve()) for folder in made):
             raise ConfigError(
                 f"[filter] classifier = {self.settings.filter.classifier!r} is made by this very run "
-                "from the set that it would judge; give a student of another workspace, or CLIP"
+                "from the set that it would classify; give a student of another workspace, or CLIP"
             )
 
     def _other_site(self, force: bool) -> bool:

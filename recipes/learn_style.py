@@ -1,6 +1,6 @@
 """`learn-style`: style tokens from the real photos, by dataset style inversion.
 
-few_shots/ + base model ──latents, once──► groups of one look ──► fit an embedding each
+few_shots/ + base model ──latents, once──► clusters of one appearance ──► fit an embedding each
                                                                   ──► style/learned_embeds.safetensors
 """
 
@@ -175,7 +175,7 @@ def _checkpoint(work: Path, number: int) -> Path:
 
 
 def _preview(settings: StyleSettings, parts: DiffusionParts, names: Sequence[str], work: Path) -> Preview:
-    """A row of images per look, one photo of each word, as `previews/<token>/<step>.png`."""
+    """A row of images per evaluation, one photo of each word, as `previews/<token>/<step>.png`."""
     from synthkit.calibration.textual_inversion import Preview
     from synthkit.diffusion.parts import sample_images, token_ids
 

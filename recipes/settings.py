@@ -152,7 +152,9 @@ class TrainSettings:
     schedule: Literal["one-cycle", "cosine", "step"] = setting(
         "one-cycle", "course of the learning rate; cosine, step: timm's"
     )
-    layer_decay: float = setting(1.0, "share of the next unit's learning rate that a unit gets", minimum=0)
+    layer_decay: float = setting(
+        1.0, "share of the next layer group's learning rate that a group gets", minimum=0
+    )
     ema: float = setting(0.0, "decay of the moving average of weights that is kept; 0: off", minimum=0)
     augment: str = setting("default", "default, none, or timm's, such as rand-m9-mstd0.5")
     amp: bool = setting(False, "forward passes in bfloat16")

@@ -36,7 +36,7 @@ _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
-class Material:
+class BundleContents:
     """What a target's files are made from.
 
     Attributes:
@@ -68,12 +68,12 @@ class Target:
     Attributes:
         opset: the newest ONNX opset that its oldest TensorRT reads, at most what one file for all needs.
         int8: which int8 form it runs.
-        write: writes its files into a folder, from what `Material` names; returns the README's text.
+        write: writes its files into a folder, from what `BundleContents` names; returns the README's text.
     """
 
     opset: int
     int8: str
-    write: Callable[[Material, Path], str] | None = None
+    write: Callable[[BundleContents, Path], str] | None = None
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ IMAGENET = Feed(_IMAGENET_MEAN, _IMAGENET_STD)
 RAW_PIXELS = Feed((0.0,) * 3, (1 / 255,) * 3)
 
 
-def write_target(name: str, material: Material) -> None:
+def write_target(name: str, contents: BundleContents) -> None:
     """Write `target/<name>/` into a bundle that is not sealed yet; nothing for "generic".
 
     Raises:
@@ -102,9 +102,9 @@ def write_target(name: str, material: Material) -> None:
     """
     write = TARGETS[name].write
     if write is not None:
-        folder = material.bundle / "target" / name
+        folder = contents.bundle / "target" / name
         folder.mkdir(parents=True)
-        text = write(material, folder)
+        text = write(contents, folder)
         write_bytes(folder / "README.md", f"# {name}\n\n{_UNTRIED}\n\n{text}".encode())
 
 
@@ -170,61 +170,61 @@ def check_variant(path: Path, original: Path, feed: Feed, images: np.ndarray) ->
 
 
 def _write_variant(
-    material: Material, folder: Path, feed: Feed, names: tuple[str, str], batch: int | str
+    contents: BundleContents, folder: Path, feed: Feed, names: tuple[str, str], batch: int | str
 ) -> None:
-    original, path = material.bundle / FILES["fp32"], folder / "model.onnx"
+    original, path = contents.bundle / FILES["fp32"], folder / "model.onnx"
     onnx.save(with_float_input(onnx.load(original), feed, names, batch), path)
-    check_variant(path, original, feed, material.images)
+    check_variant(path, original, feed, contents.images)
 
 
-def _jetpack(generation: str, facts: str) -> Callable[[Material, Path], str]:
-    def write(material: Material, folder: Path) -> str:
-        write_build_script(folder / "build_engine.sh", material.size, generation, "../..")
-        height, width = material.size
-        held = ", ".join(material.precisions)
-        return _JETPACK.format(facts=facts, held=held, default=material.default, height=height, width=width)
+def _jetpack(generation: str, facts: str) -> Callable[[BundleContents, Path], str]:
+    def write(contents: BundleContents, folder: Path) -> str:
+        write_build_script(folder / "build_engine.sh", contents.size, generation, "../..")
+        height, width = contents.size
+        held = ", ".join(contents.precisions)
+        return _JETPACK.format(facts=facts, held=held, default=contents.default, height=height, width=width)
 
     return write
 
 
-def _jetson_inference(material: Material, folder: Path) -> str:
-    _write_variant(material, folder, IMAGENET, ("input_0", "output_0"), 1)
-    shutil.copyfile(material.bundle / "labels.txt", folder / "labels.txt")
-    return _JETSON_INFERENCE.format(cutting=_cutting(material))
+def _jetson_inference(contents: BundleContents, folder: Path) -> str:
+    _write_variant(contents, folder, IMAGENET, ("input_0", "output_0"), 1)
+    shutil.copyfile(contents.bundle / "labels.txt", folder / "labels.txt")
+    return _JETSON_INFERENCE.format(cutting=_cutting(contents))
 
 
-def _deepstream(material: Material, folder: Path) -> str:
-    if wrong := [label for label in material.labels if ";" in label]:
+def _deepstream(contents: BundleContents, folder: Path) -> str:
+    if wrong := [label for label in contents.labels if ";" in label]:
         raise ConfigError(f"DeepStream separates labels by ';', which {wrong[0]!r} holds; rename that class")
-    _write_variant(material, folder, RAW_PIXELS, (INPUT, "probabilities"), "batch")
-    height, width = material.size
-    write_bytes(folder / "labels.txt", (";".join(material.labels) + "\n").encode())
+    _write_variant(contents, folder, RAW_PIXELS, (INPUT, "probabilities"), "batch")
+    height, width = contents.size
+    write_bytes(folder / "labels.txt", (";".join(contents.labels) + "\n").encode())
     write_bytes(folder / "config_infer_primary.txt", _NVINFER.format(height=height, width=width).encode())
-    return _DEEPSTREAM.format(cutting=_cutting(material))
+    return _DEEPSTREAM.format(cutting=_cutting(contents))
 
 
-def _triton(material: Material, folder: Path) -> str:
-    height, width = material.size
-    for precision in material.precisions:
+def _triton(contents: BundleContents, folder: Path) -> str:
+    height, width = contents.size
+    for precision in contents.precisions:
         home = folder / "model_repository" / f"classifier_{precision}"
         (home / "1").mkdir(parents=True)
-        shutil.copyfile(material.bundle / FILES[precision], home / "1" / "model.onnx")
-        shutil.copyfile(material.bundle / "labels.txt", home / "labels.txt")
+        shutil.copyfile(contents.bundle / FILES[precision], home / "1" / "model.onnx")
+        shutil.copyfile(contents.bundle / "labels.txt", home / "labels.txt")
         text = _TRITON_CONFIG.format(
             name=home.name,
             height=height,
             width=width,
-            classes=len(material.labels),
+            classes=len(contents.labels),
             input=INPUT,
             output=OUTPUT,
         )
         write_bytes(home / "config.pbtxt", text.encode())
-    return _TRITON.format(name=f"classifier_{material.default}", height=height, width=width)
+    return _TRITON.format(name=f"classifier_{contents.default}", height=height, width=width)
 
 
-def _cutting(material: Material) -> str:
+def _cutting(contents: BundleContents) -> str:
     """Whether the system, which stretches a frame to the model's size, cuts images as the student learned."""
-    config = material.preprocessing
+    config = contents.preprocessing
     if config.crop_mode == "squash":
         return "It stretches each frame to the model's size, as this student expects."
     facts = json.dumps(

@@ -627,13 +627,13 @@ def _copy_unchanged(folder: Path, files: Mapping[str, Any], work: Path) -> None:
 
 def _write_target(data: UpdateData, work: Path) -> None:
     """The files of another system hold the head and the labels as well."""
-    from synthkit.engines.bundle.targets import Material, write_target
+    from synthkit.engines.bundle.targets import BundleContents, write_target
 
     facts = data.bundle.facts
     held, default = list(facts.precisions), str(facts.default_precision)
     images = data.golden_inputs[:4]
-    material = Material(work, held, default, data.labels, data.bundle.preprocessing, images)
-    write_target(facts.target or "generic", material)
+    contents = BundleContents(work, held, default, data.labels, data.bundle.preprocessing, images)
+    write_target(facts.target or "generic", contents)
 
 
 def _provenance(data: UpdateData, refitted: RefittedHeads, version: int) -> dict[str, Any]:

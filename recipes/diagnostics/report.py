@@ -157,11 +157,11 @@ def _loss_chart(losses: Mapping[str, Mapping[str, Any]]) -> str | None:
 
 def _sheets(synthetic: Path, photos: ImageSet | None) -> dict[str, Any] | None:
     """A row of photos over a row of synthetic images for each class."""
-    drawn = _by_class(synthetic)
+    made = _by_class(synthetic)
     real: dict[str, list[Path]] = {}
     for item in photos.items if photos else ():
         real.setdefault(photos.classes[item.label] if photos else "", []).append(item.path)
-    names = sorted({*drawn, *real})
+    names = sorted({*made, *real})
     if not names:
         return None
     rows = [
@@ -169,7 +169,7 @@ def _sheets(synthetic: Path, photos: ImageSet | None) -> dict[str, Any] | None:
             "name": name,
             "rows": [
                 {"title": title, "count": len(paths), "picture": _strip(paths[:_PER_ROW])}
-                for title, paths in (("photos", real.get(name, [])), ("synthetic", drawn.get(name, [])))
+                for title, paths in (("photos", real.get(name, [])), ("synthetic", made.get(name, [])))
                 if paths
             ],
         }

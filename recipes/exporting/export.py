@@ -180,7 +180,7 @@ def export_student_bundle(
         BundleError: the written bundle fails its own check.
         ConfigError: int8 has no images to find its ranges with, or the default is not exported.
     """
-    from synthkit.engines.bundle.targets import TARGETS, Material, write_target
+    from synthkit.engines.bundle.targets import TARGETS, BundleContents, write_target
     from synthkit.engines.student.onnx_export import export_student
 
     settings, sets = settings or ExportSettings(), sets or Images()
@@ -202,8 +202,8 @@ def export_student_bundle(
         provenance=provenance,
         default_precision=default,
     )
-    material = Material(work_dir, list(facts), default, student.classes, preprocessing, images[:4])
-    write_target(settings.target, material)
+    contents = BundleContents(work_dir, list(facts), default, student.classes, preprocessing, images[:4])
+    write_target(settings.target, contents)
     bundle.seal(work_dir, replace(bundle.read_facts(work_dir), target=settings.target))
     failures = bundle.verify(work_dir)
     if failures:

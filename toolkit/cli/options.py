@@ -33,7 +33,7 @@ class Output:
     Attributes:
         data: the object that `--json` prints.
         text: what a person reads otherwise.
-        ok: False when a verdict failed, which ends the command with 1.
+        ok: False when a check failed, which ends the command with 1.
     """
 
     data: Mapping[str, Any]

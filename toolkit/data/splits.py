@@ -1,4 +1,4 @@
-"""Splits of photos: leak-proof by content hash, nested draws, folds.
+"""Splits of photos: leak-proof by content hash, nested few shots, folds.
 
 pool ──k_shot──► few shots ──stratified_folds──► (training, validation) positions
 few shots, test ──check_disjoint──► refused where they share an image

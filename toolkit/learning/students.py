@@ -350,11 +350,11 @@ def was_trained_on(folder: Path, photos: ImageSet) -> bool:
 
 
 def untrained_on(folder: Path, photos: ImageSet) -> Path:
-    """The folder of a student as it was before it learned these photos, which it now knows too well to judge.
+    """The folder of a student as it was before it learned these photos, for measuring with them.
 
     Args:
         folder: a student's, or of another kind of model.
-        photos: that the student is to judge.
+        photos: that the student is to classify.
     """
     if not was_trained_on(folder, photos):
         return folder
