@@ -212,11 +212,11 @@ def test_the_files_of_another_system_get_the_new_head_as_well(
     folder: Path, tmp_path: Path, target: str
 ) -> None:
     from synthkit.engines.bundle import format as bundles
-    from synthkit.engines.bundle.targets import Material, write_target
+    from synthkit.engines.bundle.targets import BundleContents, write_target
 
     opened = Bundle.open(folder)
     images = photos(tmp_path / "test").load(opened.preprocessing)
-    write_target(target, Material(folder, ["fp32"], "fp32", CLASSES, opened.preprocessing, images[:2]))
+    write_target(target, BundleContents(folder, ["fp32"], "fp32", CLASSES, opened.preprocessing, images[:2]))
     bundles.seal(folder, replace(bundles.read_facts(folder), target=target))
     before = {name for name in list_outputs(folder) if name.startswith("target/")}
     shown = photos(tmp_path / "new", (*CLASSES, "new"))
