@@ -26,7 +26,7 @@ def test_the_table_holds_the_measurements_of_export(tmp_path: Path) -> None:
     (row,) = json.loads((tmp_path / "table.json").read_text(encoding="utf-8"))["rows"]
     assert (row["set"], row["student"], row["photos"], row["n_test"]) == ("colours", "test_resnet", 9, 9)
     assert list(row["top1"]) == ["torch", "fp32", "fp16", "int8"]
-    facts = read_facts(tmp_path / "work" / "colours-test_resnet" / "bundle-cpu")["precisions"]
+    facts = read_facts(tmp_path / "work" / "colours-test_resnet" / "bundle-cpu").precisions
     for name in ("fp32", "fp16", "int8"):
         assert row["top1"][name] == facts[name]["accuracy"]["top1"]
     assert f"{row['top1']['int8']:.3f}" in result.output.splitlines()[-1]
