@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -201,3 +202,20 @@ def _lively(model: Any) -> Any:
             else:
                 parameter.normal_(1, 0.1)
     return model.eval()
+
+
+def images_of(
+    pipeline: Any, prompts: Sequence[str], noise: np.ndarray, steps: int, guidance: float
+) -> np.ndarray:
+    """What diffusers' own loop makes of given noise, float [N, height, width, 3] in 0..1."""
+    import torch
+
+    pipeline.set_progress_bar_config(disable=True)
+    images: np.ndarray = pipeline(
+        list(prompts),
+        latents=torch.from_numpy(noise),
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        output_type="np",
+    ).images
+    return images

@@ -85,3 +85,11 @@ def tiny_bundle(folder: Path, trained_on: Sequence[str] = (), seed: int = 0) -> 
     provenance = {"trained_on": list(trained_on), "path": "last layer"}
     export_student_bundle(tiny_student(seed), noise(), provenance, Accuracy(0.5, 6), folder)
     return folder
+
+
+def photo_sets(root: Path, classes: Sequence[str], pool: int, test: int) -> Path:
+    """`pool` and `test` with so many photos of a class, and the `weights` of a student."""
+    colour_folders(root / "pool", classes, each=pool, seed=1)
+    colour_folders(root / "test", classes, each=test, seed=2)
+    lively_student(0, classes).save(root / "weights")
+    return root

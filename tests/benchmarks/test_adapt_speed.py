@@ -17,18 +17,14 @@ from synthkit.data.images import ImageSet
 from synthkit.learning.fit import Examples
 from synthkit.recipes.adaptation.strategies import LAST, AdaptationTask, StartingStudent
 from synthkit.recipes.settings import AdaptSettings, TrainSettings
-from tests.tiny_students import colour_folders, lively_student
+from tests.tiny_students import lively_student, photo_sets
 
 COLOURS = ("blue", "green", "red")
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("sets")
-    colour_folders(root / "pool", COLOURS, each=3, seed=1)
-    colour_folders(root / "test", COLOURS, each=2, seed=2)
-    lively_student(0, COLOURS).save(root / "weights")
-    return root
+    return photo_sets(tmp_path_factory.mktemp("sets"), COLOURS, pool=3, test=2)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 from benchmarks.photo_table import FIXED, main, markdown, paired, standing, summary
-from tests.tiny_students import colour_folders, lively_student
+from tests.tiny_students import photo_sets
 
 COLOURS = ("blue", "green", "red")
 METHODS = {*FIXED, "last-4 means", "means", "adapt"}
@@ -22,11 +22,7 @@ METHODS = {*FIXED, "last-4 means", "means", "adapt"}
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("sets")
-    colour_folders(root / "pool", COLOURS, each=4, seed=1)
-    colour_folders(root / "test", COLOURS, each=3, seed=2)
-    lively_student(0, COLOURS).save(root / "weights")
-    return root
+    return photo_sets(tmp_path_factory.mktemp("sets"), COLOURS, pool=4, test=3)
 
 
 def call(folders: Path, *words: str, test: str = "test") -> Result:

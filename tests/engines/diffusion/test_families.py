@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from synthkit.engines.diffusion.pipeline import EnginePipeline
 from synthkit.engines.runtime.component_spec import read_geometry
 from synthkit.errors import ModelError
 from synthkit.models.generator import model_fingerprint, resolve_model
-from tests.tiny_models import IMAGE, WIDTH, tiny_sd2, tiny_sdxl, tiny_turbo
+from tests.tiny_models import IMAGE, WIDTH, images_of, tiny_sd2, tiny_sdxl, tiny_turbo
 
 onnx = pytest.importorskip("onnx")
 pytestmark = [
@@ -40,20 +39,6 @@ def sdxl_engines(sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def drawn(pipeline: Any, noise: np.ndarray, steps: int, guidance: float) -> np.ndarray:
-    import torch
-
-    pipeline.set_progress_bar_config(disable=True)
-    images: np.ndarray = pipeline(
-        PROMPTS,
-        latents=torch.from_numpy(noise),
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        output_type="np",
-    ).images
-    return images
-
-
 def ours(folder: Path, steps: int, guidance: float) -> tuple[np.ndarray, np.ndarray]:
     """Latents, and the images drawn of them as floats."""
     pipeline = EnginePipeline.open(folder, "cpu")
@@ -70,9 +55,11 @@ def test_sdxl_passes_parity_and_draws_the_same(sdxl: Path, sdxl_engines: Path) -
     assert list(parities) == ["text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder"]
     for guidance in (1.0, 3.0):
         noise, got = ours(sdxl_engines, 3, guidance)
-        wanted = drawn(StableDiffusionXLPipeline.from_pretrained(str(sdxl)), noise, 3, guidance)
+        wanted = images_of(StableDiffusionXLPipeline.from_pretrained(str(sdxl)), PROMPTS, noise, 3, guidance)
         assert wanted.std() > 0.1 and np.abs(got - wanted).max() < 1e-4
-    theirs = drawn(ORTStableDiffusionXLPipeline.from_pretrained(str(sdxl_engines)), noise, 3, 3.0)
+    theirs = images_of(
+        ORTStableDiffusionXLPipeline.from_pretrained(str(sdxl_engines)), PROMPTS, noise, 3, 3.0
+    )
     assert np.abs(got - theirs).max() < 1e-4
 
 
@@ -117,7 +104,7 @@ def test_sdxl_in_half_precision_keeps_the_vae_in_fp32(sdxl: Path, tmp_path: Path
 def ours_of(model: Path, noise: np.ndarray) -> np.ndarray:
     from diffusers import StableDiffusionXLPipeline
 
-    return drawn(StableDiffusionXLPipeline.from_pretrained(str(model)), noise, 3, 3.0)
+    return images_of(StableDiffusionXLPipeline.from_pretrained(str(model)), PROMPTS, noise, 3, 3.0)
 
 
 def test_stable_diffusion_2_in_half_precision(tmp_path: Path) -> None:
@@ -136,7 +123,8 @@ def test_stable_diffusion_2_in_half_precision(tmp_path: Path) -> None:
     products = [node for node in graph.node if node.op_type == "Softmax"]
     assert products and all(kinds[one.input[0]] == onnx.TensorProto.FLOAT for one in products)
     noise, got = ours(tmp_path / "half", 3, 2.0)
-    wanted = drawn(StableDiffusionPipeline.from_pretrained(str(model), safety_checker=None), noise, 3, 2.0)
+    reference = StableDiffusionPipeline.from_pretrained(str(model), safety_checker=None)
+    wanted = images_of(reference, PROMPTS, noise, 3, 2.0)
     assert wanted.std() > 0.1 and np.abs(got - wanted).max() < 0.1
     token = style_files.load(write_token(tmp_path / "token.safetensors"))
     with pytest.raises(ModelError, match=r"this generator is Stable Diffusion 2\.x of text width 1024"):
@@ -161,7 +149,7 @@ def test_turbo_draws_in_one_step_without_guidance(tiny_engines: Path, tmp_path: 
     shutil.copytree(model / "scheduler", tmp_path / "engines" / "scheduler")
     reference = StableDiffusionPipeline.from_pretrained(str(model), safety_checker=None)
     noise, got = ours(tmp_path / "engines", 1, 0.0)
-    wanted = drawn(reference, noise, 1, 0.0)
+    wanted = images_of(reference, PROMPTS, noise, 1, 0.0)
     assert wanted.std() > 0.1 and np.abs(got - wanted).max() < 1e-4
 
 

@@ -13,7 +13,7 @@ from synthkit.diffusion.style_token import StyleToken
 from synthkit.engines.diffusion.pipeline import EnginePipeline, StartLatents
 from synthkit.engines.runtime.session import open_session
 from synthkit.errors import EngineError, ModelError
-from tests.tiny_models import IMAGE, WIDTH, write_token
+from tests.tiny_models import IMAGE, WIDTH, images_of, write_token
 
 onnx = pytest.importorskip("onnx")
 PROMPTS = ["A digit seven photo in the style of <tiny>", "a Photo, of b", "ünï"]
@@ -39,19 +39,12 @@ def diffusers_pipeline(folder: Path, style: Path) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tiny", "tiny_epsilon"])
 def test_the_loop_is_that_of_diffusers(kind: str, tiny_style: Path, request: pytest.FixtureRequest) -> None:
-    import torch
 
     reference = diffusers_pipeline(request.getfixturevalue(f"{kind}_model"), tiny_style)
     ours = EnginePipeline.open(request.getfixturevalue(f"{kind}_engines"), "cpu")
     embeddings, noise = ours.embed(PROMPTS, style_files.load(tiny_style)), ours.initial_latents(SEEDS)
     for guidance, steps in ((1.0, 4), (3.0, 7)):
-        wanted = reference(
-            PROMPTS,
-            latents=torch.from_numpy(noise),
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            output_type="np",
-        ).images
+        wanted = images_of(reference, PROMPTS, noise, steps, guidance)
         got = ours.decode(ours.sample(embeddings, noise, steps, guidance, SEEDS)).transpose(0, 2, 3, 1)
         assert wanted.std() > 0.1, "an image of nothing shows nothing"
         assert np.abs(np.clip(got / 2 + 0.5, 0, 1) - wanted).max() < 1e-4

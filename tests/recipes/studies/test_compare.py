@@ -111,9 +111,7 @@ def test_training_methods_take_the_bridge_s_steps_on_the_same_images(
         path.name: json.loads((path / "manifest.json").read_text("utf-8")) for path in place.glob("methods/*")
     }
     bridged = json.loads((place / "student" / "manifest.json").read_text("utf-8"))
-    assert bridged["metrics"]["synthetic_steps"] > 0, (
-        "the chain's own method is bridged++ whatever is asked"
-    )
+    assert bridged["metrics"]["synthetic_steps"] > 0, "the chain's own method is bridged++ whatever is asked"
     total = bridged["metrics"]["synthetic_steps"] + bridged["metrics"]["real_steps"]
     for folder in ("vanilla-mixup", "mixed", "mixed-real_share=0.5", "joint", "mixed-auxbn", "bridged"):
         metrics = made[folder]["metrics"]
