@@ -22,13 +22,13 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from synthkit.data.splits import stratified_folds
 from synthkit.diffusion.parts import DiffusionParts, noise_prediction_loss, token_ids
 from synthkit.diffusion.style_token import PROMPT, StyleToken
 from synthkit.errors import ConfigError, ModelError
 from synthkit.learning.checkpoints import load_checkpoint, save_checkpoint, step_generator
+from synthkit.progress import progress
 
 #: Mixed precision -> its type and the constant that keeps its gradients from vanishing (Micikevicius et al.
 #: 2018, section 3.2); a constant needs no state in the checkpoint. bf16 has the range of fp32.
@@ -188,9 +188,7 @@ def invert_style(
     if done == 0:
         _evaluate(prompts, latents, held, state, settings)
         _show(preview, prompts, state, 0)
-    for step in tqdm(
-        range(done, settings.steps), "learn style", initial=done, total=settings.steps, disable=None
-    ):
+    for step in progress(range(done, settings.steps), "learn style", total=settings.steps, done=done):
         if state.stopped(settings.early_stop):
             break
         _gradient_step(prompts, latents, used, state, optimizer, settings, step)

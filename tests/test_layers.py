@@ -16,7 +16,7 @@ from tests.project_files import NEEDS_TRAIN, ROOT, mapping, may_need_train, modu
 LEVELS = [
     {"synthkit"},
     {"synthkit.errors"},
-    {"synthkit.config", "synthkit.machine", "synthkit.one_line", "synthkit.probes"},
+    {"synthkit.config", "synthkit.machine", "synthkit.one_line", "synthkit.probes", "synthkit.progress"},
     {"synthkit.artifacts"},
     {"synthkit.standalone"},
     {"synthkit.data", "synthkit.metrics"},

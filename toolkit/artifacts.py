@@ -386,7 +386,10 @@ def run_stages(stages: Sequence[Stage], *, force: Collection[str] = ()) -> Itera
     for stage in stages:
         stage.check(fetch=True)
     for stage in stages:
-        yield run_stage(stage, force=stage.name in force)
+        result = run_stage(stage, force=stage.name in force)
+        if not result.skipped:
+            log.info("%s: wrote %s in %.0f s", stage.name, stage.out, result.manifest.seconds)
+        yield result
 
 
 def plan_stages(stages: Sequence[Stage], *, force: Collection[str] = ()) -> dict[str, str]:

@@ -17,9 +17,8 @@ import threading
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
-from tqdm import tqdm
-
 from synthkit.errors import EngineError, MissingExtra
+from synthkit.progress import progress_bar
 
 log = logging.getLogger(__name__)
 Value = TypeVar("Value")
@@ -27,9 +26,7 @@ Value = TypeVar("Value")
 NO_DEVICE = "it finds no GPU and driver that it can use"
 """Meaning of a constructor that returns nothing; the CUDA error itself, if any, is in TensorRT's log."""
 
-_MORE_MEMORY = (
-    "lower --batch, build-engines.trt_workspace or the size, or set build-engines.low_memory=true"
-)
+_MORE_MEMORY = "lower --batch, build-engines.trt_workspace or the size, or set build-engines.low_memory=true"
 _ADVICE = {
     NO_DEVICE: "check the NVIDIA driver with `synthkit doctor`",
     "kMAGIC_TAG": "the file is no TensorRT plan; rebuild it with --force",
@@ -183,14 +180,14 @@ class Progress:
     def __init__(self, label: str) -> None:
         self.error: BaseException | None = None
         self._label = label
-        self._bars: dict[str, tqdm] = {}
+        self._bars: dict[str, Any] = {}
         self._lock = threading.Lock()
 
     def start(self, phase: str, parent: str | None, steps: int) -> None:
         """Show a bar for a phase without parent."""
         if parent is None:
             with self._lock:
-                bar = tqdm(total=steps, desc=f"{self._label}: {phase}", leave=False, disable=None)
+                bar = progress_bar(steps, f"{self._label}: {phase}")
                 self._bars[phase] = bar
 
     def step(self, phase: str) -> bool:

@@ -22,10 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from synthkit.engines.runtime.session import usable_threads
 from synthkit.errors import EngineError, MissingExtra, first_line
+from synthkit.progress import progress_bar
 from synthkit.recipes.generation.plan import PlannedImage
 from synthkit.recipes.generation.sampler import (
     Sampler,
@@ -125,7 +124,7 @@ class _Crew:
         queue = deque(waiting)
         for _ in range(min(self._layout.workers, len(queue))):
             self._start_worker()
-        with tqdm(total=count, unit="image", desc="generate", disable=None) as bar:
+        with progress_bar(count, "generate images") as bar:
             while queue or self._busy():
                 worker, batch, alive = self._next()
                 if not alive:

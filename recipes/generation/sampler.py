@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from synthkit import standalone
 from synthkit.artifacts import write_bytes
@@ -26,6 +25,7 @@ from synthkit.diffusion.style_token import StyleToken
 from synthkit.engines.diffusion.pipeline import EnginePipeline, StartLatents
 from synthkit.engines.diffusion.text_encoder import TextEmbeddings
 from synthkit.errors import BadImages
+from synthkit.progress import progress_bar
 from synthkit.recipes.generation.plan import Photo, PlannedImage
 
 
@@ -139,7 +139,7 @@ def generate_images(job: SamplingJob, images: Sequence[PlannedImage], folder: Pa
     sampler.load(todo[0])
     started = time.perf_counter()
     with (
-        tqdm(total=len(images), unit="image", desc="generate", disable=None) as bar,
+        progress_bar(len(images), "generate images") as bar,
         ThreadPoolExecutor(1) as writer,  # encodes a batch while the next is generated
     ):
         pending: Future[Any] = writer.submit(int)

@@ -22,7 +22,6 @@ import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
-from tqdm import tqdm
 
 from synthkit.data.images import ImageSet, Preprocessing
 from synthkit.errors import ConfigError
@@ -31,6 +30,7 @@ from synthkit.learning.checkpoints import load_checkpoint, save_checkpoint, step
 from synthkit.learning.curves import Curves
 from synthkit.learning.gradients import Gradients
 from synthkit.learning.students import Student
+from synthkit.progress import progress
 
 # Decoded sets below this many bytes stay in memory; larger ones are decoded batch by batch.
 _IN_MEMORY = 2 << 30
@@ -166,16 +166,16 @@ def _layout(model: torch.nn.Module) -> torch.memory_format:
     return torch.channels_last if any(count > 1 for count in groups) else torch.contiguous_format
 
 
-def one_cycle(progress: float, warm_up: float = _WARM_UP) -> float:
+def one_cycle(done: float, warm_up: float = _WARM_UP) -> float:
     """Share of the peak learning rate: linear warm-up, then cosine decay to a hundredth.
 
     Args:
-        progress: share of the steps that are done, 0..1.
+        done: share of the steps that are done, 0..1.
         warm_up: share of the steps that raise the rate.
     """
-    if progress < warm_up:
-        return max(progress / warm_up, 0.01)
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (progress - warm_up) / (1 - warm_up)))
+    if done < warm_up:
+        return max(done / warm_up, 0.01)
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (done - warm_up) / (1 - warm_up)))
 
 
 def fit(
@@ -213,7 +213,7 @@ def fit(
     run = _Run(student, settings, label, checkpoint, curves, held_out)
     order = _order(len(data), settings)
     interval = max(1, settings.steps // _EVALUATIONS)
-    for step in tqdm(range(settings.steps), label, disable=None, leave=False):
+    for step in progress(range(settings.steps), label):
         picked = next(order)
         if step < run.start:
             continue

@@ -20,8 +20,8 @@ def test_progress_shows_top_phases(monkeypatch: pytest.MonkeyPatch) -> None:
     bars: list[Any] = []
 
     class Bar:
-        def __init__(self, **options: Any) -> None:
-            self.options, self.count, self.closed = options, 0, False
+        def __init__(self, total: int, label: str) -> None:
+            self.total, self.label, self.count, self.closed = total, label, 0, False
             bars.append(self)
 
         def update(self) -> None:
@@ -30,7 +30,7 @@ def test_progress_shows_top_phases(monkeypatch: pytest.MonkeyPatch) -> None:
         def close(self) -> None:
             self.closed = True
 
-    monkeypatch.setattr(tensorrt_api, "tqdm", Bar)
+    monkeypatch.setattr(tensorrt_api, "progress_bar", Bar)
     fakes = install(monkeypatch, "11")
     monitor = tensorrt_api.progress_monitor(fakes.module, tensorrt_api.Progress("unet"))
     monitor.phase_start("Building Engine", None, 3)
@@ -39,7 +39,7 @@ def test_progress_shows_top_phases(monkeypatch: pytest.MonkeyPatch) -> None:
     monitor.phase_finish("Timing")
     monitor.phase_finish("Building Engine")
     (bar,) = bars
-    assert (bar.options["total"], bar.options["desc"]) == (3, "unet: Building Engine")
+    assert (bar.total, bar.label) == (3, "unet: Building Engine")
     assert (bar.count, bar.closed) == (1, True)
     del fakes.module.IProgressMonitor  # as in 8.6
     assert tensorrt_api.progress_monitor(fakes.module, tensorrt_api.Progress("unet")) is None
