@@ -46,6 +46,7 @@ class _Dependent(_Generating):
         return str(self.batch_size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "same"), [(_Generating, True), (_Dependent, False)])
 def test_sets_of_killed_runs_are_compared_with_a_whole_one(
     kind: type[Trial], same: bool, tmp_path: Path
@@ -56,12 +57,14 @@ def test_sets_of_killed_runs_are_compared_with_a_whole_one(
     assert found["whole"] == {"written": 40} and len(contents(tmp_path / "killed")) == 40
 
 
+@pytest.mark.slow
 def test_a_trial_generates_and_times_the_set(tiny_engines: Path, tiny_style: Path, tmp_path: Path) -> None:
     found = Trial(tiny_engines, tiny_style, ("a", "b"), 6, 4, 5).here(tmp_path / "set")
     assert found["written"] == 12 and len(contents(tmp_path / "set")) == 13
     assert 0 < found["share_inside_sessions"] <= 1
 
 
+@pytest.mark.slow
 def test_memory_is_read_as_images_add_up(tmp_path: Path) -> None:
     trial = _Generating(tmp_path, None, ("a",), 40, 1, 1)
     found = memory(trial, tmp_path / "memory", marks=(5, 20, 10_000))

@@ -40,6 +40,7 @@ def test_every_contender_computes_the_same_and_operators_add_up(
     assert "synthkit" in called.stdout and "by operator" in called.stdout
 
 
+@pytest.mark.slow
 def test_work_is_counted_as_torch_does_it(tiny_model: Path, tiny_engines: Path) -> None:
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel

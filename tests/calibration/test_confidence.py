@@ -151,6 +151,7 @@ def claimed_and_true(seed: int, per_class: int, target: Target) -> tuple[float, 
     return (*fitted.facts["error_interval"], float(wrong.mean()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [Target(error=0.1), Target(coverage=0.9)])
 def test_the_claimed_error_is_the_true_one_as_often_as_its_interval_says(target: Target) -> None:
     """Measured over 60 seeds with 4, 8 and 16 photos of a class: in 92 to 98 of 100 runs."""

@@ -127,6 +127,7 @@ def failing_at(count: int) -> Callable[..., torch.Tensor]:
     return loss
 
 
+@pytest.mark.slow
 def test_an_interrupted_fit_ends_as_an_uninterrupted_one(
     parts: DiffusionParts, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -90,6 +90,7 @@ def test_stages_and_steps(data: TrainingData, tmp_path: Path, runs: Runs, name: 
     assert not [path for path in result.out.rglob(".*") if path.name != ".key.json"]
 
 
+@pytest.mark.slow
 def test_what_is_blended(data: TrainingData, tmp_path: Path, runs: Runs) -> None:
     asked = [
         ("mixed", {}, 1 / 3, None),  # 6 photos of 18 images

@@ -32,6 +32,7 @@ def plain(path: Path, sample: np.ndarray, texts: np.ndarray, time: float) -> np.
     return session.run(given)["out_sample"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 def test_a_prediction_equals_that_of_the_plain_graph(tiny_engines: Path, guidance: float) -> None:
     import torch

@@ -21,6 +21,7 @@ from tests.tiny_models import IMAGE
 onnx = pytest.importorskip("onnx")
 
 
+@pytest.mark.slow
 def test_every_engine_computes_what_its_source_does(tiny_model: Path, tiny_engines: Path) -> None:
     parities = component_parity(tiny_model, tiny_engines)
     assert [one.component for one in parities] == ["text_encoder", "unet", "vae_decoder", "vae_encoder"]
@@ -28,6 +29,7 @@ def test_every_engine_computes_what_its_source_does(tiny_model: Path, tiny_engin
     assert all(1e-4 < one.tolerance < 1e-3 for one in parities), "outputs near zero would show nothing"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("component", "shift", "problem"),
     [("unet", 0.01, "engine unet differs"), ("vae_decoder", np.nan, "engine vae_decoder answers with NaN")],

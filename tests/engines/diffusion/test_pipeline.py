@@ -73,6 +73,7 @@ def test_the_loop_follows_other_schedulers(
     assert np.abs(np.clip(got / 2 + 0.5, 0, 1) - wanted).max() < 1e-4
 
 
+@pytest.mark.slow
 def test_a_negative_prompt_is_that_of_diffusers(
     tiny_model: Path, tiny_style: Path, pipeline: EnginePipeline
 ) -> None:
@@ -184,6 +185,7 @@ def test_embeddings_with_a_token_are_those_of_diffusers(
     assert np.abs(got - pipeline.embed([prompt]).hidden).max() > 0.1, "without the token it is another text"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_an_image_does_not_depend_on_its_batch(
     guidance: float, tiny_style: Path, pipeline: EnginePipeline

@@ -118,6 +118,7 @@ def test_a_weight_beyond_half_precision_is_refused_by_name(exported: Exported) -
         half.to_half(model, exported[1])
 
 
+@pytest.mark.slow
 def test_tensorrts_form_keeps_its_rules(exported: Exported) -> None:
     made = quantised(exported, "tensorrt")
     constants = onnx_graph.constant_values(made)
@@ -152,6 +153,7 @@ def test_the_head_stays_in_float_and_can_be_replaced(exported: Exported, target:
     assert np.allclose(features @ weight.T + bias, run(made, noise()), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_cpu_weights_are_integers_and_the_file_shrinks(exported: Exported) -> None:
     made = quantised(exported, "cpu")
     sizes = [one.ByteSize() for one in (made, exported[0])]

@@ -73,6 +73,7 @@ def test_the_heads_tensors_can_be_replaced_alone(exported: Exported, tmp_path: P
     assert facts.head["input"] in {name for node in model.graph.node for name in node.output}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mobilenetv3_small_050", "test_vit"])
 def test_other_kinds_of_students(tmp_path: Path, name: str) -> None:
     from dataclasses import replace

@@ -137,6 +137,7 @@ def test_the_verdicts_say_which_and_why(good: Student, photos: ImageSet, tmp_pat
     assert text.count("\n") == 4 and "unchanged  100% of held-out photos" in text
 
 
+@pytest.mark.slow
 def test_the_curves_of_the_path_are_kept(trained: Path, photos: ImageSet, tmp_path: Path) -> None:
     result = run(trained, photos, tmp_path / "adapted", strategy="last-1")
     curves = json.loads((result.out / "curves.json").read_text("utf-8"))
@@ -213,6 +214,7 @@ def test_unchanged_keeps_every_weight(trained: Path, photos: ImageSet, tmp_path:
     assert (result.manifest.metrics["steps"], result.manifest.metrics["reason"]) == (0, "as asked for")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_layers_train_so_many_units_and_no_statistics(
     good: Student, photos: ImageSet, tmp_path: Path, count: int

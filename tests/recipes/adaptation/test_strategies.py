@@ -108,6 +108,7 @@ def test_class_means_are_the_nearest_mean_classifier(photos: ImageSet) -> None:
     assert np.diag(at_means).mean() == pytest.approx(3.0, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_class_means_come_from_the_photos_that_are_learned(
     photos: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,6 +157,7 @@ def test_a_new_head_means_zeros_for_every_strategy(
     assert not any(parameter.any() for parameter in head.parameters())
 
 
+@pytest.mark.slow
 def test_means_are_where_training_starts(photos: ImageSet) -> None:
     """With a learning rate of almost nothing, what comes out is the nearest mean."""
     here = task(photos, head="means", adapt_lr=1e-9)

@@ -142,6 +142,7 @@ def test_a_head_that_does_worse_stays_out(
     assert forced["outcome"] == UPDATED and forced["held_out"]["after"] < forced["held_out"]["before"]
 
 
+@pytest.mark.slow
 def test_a_new_class_grows_the_bundle_and_the_old_ones_stay(folder: Path, tmp_path: Path) -> None:
     run(folder, photos(tmp_path / "first"))  # from now on the bundle remembers the old classes
     old, new = photos(tmp_path / "test", each=10, seed=1), photos(tmp_path / "t2", ("new",), 10, 2)
@@ -231,6 +232,7 @@ def test_the_files_of_another_system_get_the_new_head_as_well(
         assert "dims: [ 4 ]" in config.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_missing_classes_are_kept(folder: Path, tmp_path: Path) -> None:
     run(folder, photos(tmp_path / "first"))
     test = photos(tmp_path / "test", CLASSES, 10, 1)
@@ -245,6 +247,7 @@ def test_one_photo_per_class(folder: Path, tmp_path: Path) -> None:
     assert verify(folder) == []
 
 
+@pytest.mark.slow
 def test_thresholds_are_written_kept_and_used(folder: Path, tmp_path: Path) -> None:
     shown = photos(tmp_path / "new", each=8, noisy=110)
     run(folder, shown, target=Target(coverage=0.5, alpha=0.2))
@@ -262,6 +265,7 @@ def test_thresholds_are_written_kept_and_used(folder: Path, tmp_path: Path) -> N
     assert standalone.read_confidence(folder) == before and verify(folder) == []
 
 
+@pytest.mark.slow
 def test_only_photos_that_no_head_has_learned_count_for_it(folder: Path, tmp_path: Path) -> None:
     """The replay buffer holds photos of every class, which the present head has learned."""
     run(folder, photos(tmp_path / "first", each=8, noisy=110), target=Target(error=0.3))

@@ -107,6 +107,7 @@ def test_the_ends_of_the_curve_are_the_students_of_one_domain(probe: Probe) -> N
     assert top1[REAL, 0] == top1[SYNTHETIC, groups] == probe.score(probe.student(SYNTHETIC))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 3])
 def test_the_first_units_stay_and_the_others_never_saw_the_first_domain(
     probe: Probe, folders: Path, k: int

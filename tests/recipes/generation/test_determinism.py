@@ -75,6 +75,7 @@ def test_every_choice_is_made_per_image(whole_set: Path) -> None:
     assert len({line["sha256"] for line in lines}) == 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("batch_size", "classes", "per_class"),
     [(1, CLASSES, 6), (5, CLASSES[::-1], 6), (4, CLASSES[1:], 6), (3, CLASSES, 8), (4, CLASSES, 2)],

@@ -58,6 +58,7 @@ def test_the_set_is_an_image_folder_with_metadata(generated_set: Path) -> None:
     assert len({line["sha256"] for line in lines}) == 10
 
 
+@pytest.mark.slow
 def test_the_batch_size_changes_nothing(
     generated_set: Path, tiny_engines: Path, tiny_style: Path, tmp_path: Path
 ) -> None:

@@ -42,6 +42,7 @@ def test_an_unknown_symbol_is_refused_by_name() -> None:
         render("a", 0)
 
 
+@pytest.mark.slow
 def test_families_come_in_their_shares_and_none_of_their_pictures_is_flat() -> None:
     pictures = [render(symbol, seed) for symbol in "0123456789" for seed in range(20)]
     families = [picture.family for picture in pictures]

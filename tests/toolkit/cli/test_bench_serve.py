@@ -119,6 +119,7 @@ def serving(workspace: Path, *arguments: str) -> Iterator[tuple[str, "subprocess
             process.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
 def test_serve_answers_until_it_is_told_to_end(workspace: Path, ending: signal.Signals) -> None:
     with serving(workspace, "--json") as (address, process):

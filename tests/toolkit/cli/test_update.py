@@ -74,6 +74,7 @@ def test_the_json_has_the_keys_of_the_contract(made: Path, bundle: Path) -> None
     assert found["n_test"] == 12 and 0 <= found["top1"] <= 1 and found["outcome"] == "updated"  # type: ignore[operator]
 
 
+@pytest.mark.slow
 def test_uncertain_answers_are_unknown_everywhere(made: Path, bundle: Path, tmp_path: Path) -> None:
     text = call("update", bundle, "--real-dir", made / "photos", "--coverage", "0.4", "--alpha", "0.2").stdout
     assert 'the answer is "unknown"' in text and "sets of " in text

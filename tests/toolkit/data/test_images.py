@@ -113,6 +113,7 @@ def bad_files(folder: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 def test_bad_files_give_one_short_reason_each(tmp_path: Path) -> None:
     for name, reason in bad_files(tmp_path).items():
         with pytest.raises(standalone.UnusableImage, match=reason) as caught:
@@ -211,6 +212,7 @@ def test_decomposed_letters_of_a_mac_name_the_same_class(tmp_path: Path) -> None
     assert images.with_classes(["a", "br\u00fccke"]).labels.tolist() == [0, 0, 1, 1]
 
 
+@pytest.mark.slow
 def test_all_bad_files_are_listed_at_once_or_left_out(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

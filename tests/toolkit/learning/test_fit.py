@@ -106,6 +106,7 @@ def interrupt_at(stop: int) -> tuple[int, Callable[[int], None]]:
     return 1, call
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixup", [0.0, 0.3])
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     examples: Examples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mixup: float

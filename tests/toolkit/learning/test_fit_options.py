@@ -195,6 +195,7 @@ def test_memory_for_less_than_two_images_ends_in_one_line() -> None:
         Gradients(small, "cpu", False, 1).add(*batch(8))
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoint(
     examples: Examples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
