@@ -70,6 +70,7 @@ def _options(label: str) -> dict[str, Any]:
         **common,
         "file": _Lines(sys.stderr),
         "mininterval": _LINE_EVERY,
+        "miniters": 1,  # by itself tqdm tells a slow loop again after ten seconds
         "delay": _LINE_EVERY,
         "bar_format": _LINE,
     }
