@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
 from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
@@ -57,8 +57,6 @@ def progress(items: Iterable[_T], label: str, *, total: int | None = None, done:
         total: number of steps; of what has a length it is the length.
         done: number of steps that an earlier run has done.
     """
-    if total is None and isinstance(items, Sized):
-        total = len(items)
     yield from tqdm(items, total=total, initial=done, **_options(label))
 
 

@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from synthkit.artifacts import FunctionStage, Key, digest, run_stage, versions, write_json
 from synthkit.data.images import ImageSet
 from synthkit.data.splits import check_disjoint, k_shot
 from synthkit.metrics import classification as metrics
 from synthkit.models.generator import model_fingerprint, resolve_model
+from synthkit.progress import progress_bar
 from synthkit.recipes.build_engines import BuildEngines
 from synthkit.recipes.chain import ChainSettings, Workspace
 from synthkit.recipes.studies.methods import ADAPTED, METHODS, Run, predict
@@ -282,15 +282,15 @@ def _run_all(
         return
     threads = max(1, (os.cpu_count() or 1) // jobs)
     with (
+        progress_bar(len(splits), "compare") as bar,  # before the children's bars are silenced
         _environment({"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}),
         ProcessPoolExecutor(jobs, get_context("spawn")) as processes,
     ):
         tasks = [processes.submit(one_split, split) for split in splits]
         try:
-            for task in tqdm(
-                as_completed(tasks), total=len(tasks), desc="compare", unit="split", disable=False
-            ):
+            for task in as_completed(tasks):
                 yield task.result()
+                bar.update()
         finally:
             # After an error the splits that have not begun would take hours.
             processes.shutdown(cancel_futures=True)
